@@ -1,0 +1,48 @@
+# `make help` lists what there is. Every target sets up first, which costs a second when nothing has changed.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+# More threads than cores make the small models of the tests and the quickstart slower, not faster.
+export OMP_NUM_THREADS ?= 1
+# Watching stays at home: neither Ray nor vLLM nor Hugging Face is told of a run.
+export RAY_USAGE_STATS_ENABLED ?= 0
+export VLLM_NO_USAGE_STATS ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+ARGS ?=
+
+.PHONY: help setup quickstart test check format bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@echo
+	@echo '  ARGS="..." is passed on: make quickstart ARGS="--family encoder-decoder", make test ARGS="-k stream"'
+
+setup:  ## .venv with everything that requirements/cpu.lock names
+	@bash scripts/setup.sh
+
+quickstart: setup  ## data -> small policy -> fine-tuning -> RL -> evaluation, on this machine
+	$(BIN)/attune quickstart $(ARGS)
+
+test: setup  ## the test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## style, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+format: setup  ## write the style that `make check` asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## every benchmark, quick; the whole of one: python -m benchmarks.NAME
+	@names=$$(find benchmarks -maxdepth 1 -name '[a-z]*.py' ! -name common.py -printf '%f\n' | sed 's/\.py$$//' | sort); \
+	for name in $$names; do $(BIN)/python -m benchmarks.$$name --quick $(ARGS); done
+
+clean:  ## caches of the tools (not .venv, not runs/)
+	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
