@@ -1,0 +1,100 @@
+"""The whole configuration: the sections that the rooms own, composed into one tree, and what must hold across them."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluster.evaluation_config import EvaluationSection
+from learner.checkpoint_config import CheckpointSection
+from learner.config import LearnerSection
+from reward_server.config import RewardSection
+from rollout.config import RolloutSection
+from services.attention.config import CaptureSection
+from services.config_base import Section
+from services.models_config import PolicySection
+from services.stream.config import StreamSection
+from services.text.config import DataSection
+from services.text.salience import SalienceSection
+
+
+class RunSection(Section):
+    name: str = Field("attune", description="The run's name in trackers and logs.")
+    seed: int = Field(0, ge=0, description="Seeds the order of prompts, sampling and initial values of new parameters.")
+    epochs: int = Field(1, ge=1, description="Passes over the training prompts; `steps` may end the run earlier.")
+    steps: int | None = Field(None, ge=1, description="Steps to run; null: until the epochs are used up.")
+    groups_per_step: int = Field(64, ge=1, description="Prompts a step, B (CAGSR, arXiv 2502.10482: 64).")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Steps that a sample's policy may lie behind the one that trains on it. 0 is synchronous and "
+        "reproducible; 1 generates the next batch while this one trains.",
+    )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        ("tensorboard",), description="Where metrics go beside metrics.jsonl. TensorBoard needs no account and no network."
+    )
+
+
+class ClusterSection(Section):
+    address: str | None = Field(
+        None, description="Ray address to join; null: the cluster of RAY_ADDRESS, or one started on this machine."
+    )
+    rollout_cpus: float = Field(
+        0.25, ge=0, description="CPUs that Ray reserves for a rollout actor. A fraction: the parts take turns on a small machine."
+    )
+    rollout_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for a rollout actor.")
+    learner_cpus: float = Field(0.25, ge=0, description="CPUs that Ray reserves for a learner rank.")
+    learner_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for a learner rank.")
+    service_cpus: float = Field(
+        0.1, ge=0, description="CPUs that Ray reserves for each of the reward server and the scoring workers."
+    )
+    memory_gb: float = Field(
+        0.0, ge=0, description="Memory (GB) that Ray reserves for each rollout actor and learner rank; 0 reserves none."
+    )
+    start_s: float = Field(
+        300.0, gt=0, description="Deadline (s) for the parts of a run to come up. Large models load in minutes."
+    )
+    batch_s: float = Field(
+        1800.0, gt=0, description="Deadline (s) without any progress of a batch: no group generated, scored or failed."
+    )
+    step_s: float = Field(3600.0, gt=0, description="Deadline (s) for the learner's part of a step.")
+    publish_s: float = Field(300.0, gt=0, description="Deadline (s) for gathering and writing a set of weights.")
+    stop_s: float = Field(
+        20.0, gt=0, description="Grace (s) after a signal in which a last commit may be written; Ray's own default is 3."
+    )
+    restarts: int = Field(3, ge=0, description="Rollout actors that may be replaced in a run before it ends with their error.")
+    weights_dir: str | None = Field(
+        None,
+        description="Where sets of weights are published for the rollout actors; null: shared memory. Several nodes need a "
+        "path that all of them see.",
+    )
+
+
+class Config(Section):
+    """A recipe. `data` and `policy` have no defaults: the prompts and the model are the user's."""
+
+    run: RunSection = Field(default_factory=RunSection, description="Length, order and seed of the run.")
+    data: DataSection = Field(description="Prompts: source, columns, template, splits, lengths.")
+    salience: SalienceSection = Field(default_factory=SalienceSection, description="Which tokens of a prompt matter.")
+    policy: PolicySection = Field(description="The model that is trained.")
+    attention: CaptureSection = Field(default_factory=CaptureSection, description="Which layers and heads are captured.")
+    rollout: RolloutSection = Field(default_factory=RolloutSection, description="How responses are drawn.")
+    reward: RewardSection = Field(default_factory=RewardSection, description="What scores them.")
+    learner: LearnerSection = Field(default_factory=LearnerSection, description="How the policy is trained.")
+    stream: StreamSection = Field(default_factory=StreamSection, description="The Redis that holds stream and ledger.")
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="When commits are written.")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Metrics on held-out prompts.")
+    cluster: ClusterSection = Field(default_factory=ClusterSection, description="Resources and deadlines.")
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Self:
+        if self.learner.advantage in ("rloo", "grpo") and self.rollout.samples < 2:
+            raise ValueError(
+                f"learner.advantage {self.learner.advantage!r} compares the samples of a group: rollout.samples is "
+                f"{self.rollout.samples}, allowed are 2 and more"
+            )
+        return self
+
+    @property
+    def min_ok_samples(self) -> int:
+        """Ok samples that a group needs to be trained on (invariant 2): 1 where the advantage needs no group."""
+        return 2 if self.learner.advantage in ("rloo", "grpo") else 1

@@ -1,0 +1,98 @@
+"""The plan of resources: which actors a run needs, and whether the cluster can hold them. Pure but for `nodes_of_ray`.
+
+Fault of others that this avoids: a placement that can never fit and waits for ever without a word.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.config import Config
+from services.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Part:
+    """`count` actors of one kind, and what Ray reserves for each."""
+
+    name: str
+    count: int
+    cpus: float
+    gpus: float = 0.0
+    memory_gb: float = 0.0
+
+    def options(self) -> dict[str, float]:
+        """The actor options of Ray."""
+        options: dict[str, float] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        return options | ({"memory": self.memory_gb * 2**30} if self.memory_gb else {})
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    cpus: float
+    gpus: float
+    memory_gb: float
+
+
+def parts_of(config: Config) -> dict[str, Part]:
+    cluster = config.cluster
+    parts = [
+        Part("learner", config.learner.ranks, cluster.learner_cpus, cluster.learner_gpus, cluster.memory_gb),
+        Part("rollout", config.rollout.actors, cluster.rollout_cpus, cluster.rollout_gpus, cluster.memory_gb),
+        Part("reward_server", 1, cluster.service_cpus),
+        Part("scoring_worker", config.reward.worker.workers, cluster.service_cpus),
+    ]
+    if config.evaluation.every:
+        parts.append(Part("evaluator", 1, cluster.rollout_cpus, cluster.rollout_gpus, cluster.memory_gb))
+    return {part.name: part for part in parts}
+
+
+def place(parts: Sequence[Part], nodes: Sequence[Node]) -> dict[str, list[str]]:
+    """First-fit-decreasing placement: the node of each actor, by part.
+
+    Raises:
+        PlanError: names the first part that does not fit, and what is missing.
+    """
+    free = {node.name: [node.cpus, node.gpus, node.memory_gb] for node in nodes}
+    placed: dict[str, list[str]] = {part.name: [] for part in parts}
+    for part in sorted(parts, key=lambda part: (-part.gpus, -part.cpus, -part.memory_gb, part.name)):
+        need = (part.cpus, part.gpus, part.memory_gb)
+        for index in range(part.count):
+            name = next((name for name, left in free.items() if all(n <= have + 1e-9 for n, have in zip(need, left, strict=True))), None)
+            if name is None:
+                raise PlanError(_missing(part, index, parts, nodes))
+            free[name] = [have - n for n, have in zip(need, free[name], strict=True)]
+            placed[part.name].append(name)
+    return placed
+
+
+def _missing(part: Part, index: int, parts: Sequence[Part], nodes: Sequence[Node]) -> str:
+    wanted = ", ".join(f"{p.count} x {p.name} ({_amount(p.cpus, p.gpus, p.memory_gb)})" for p in parts)
+    total = _amount(sum(p.count * p.cpus for p in parts), sum(p.count * p.gpus for p in parts), sum(p.count * p.memory_gb for p in parts))
+    there = "; ".join(f"{node.name}: {_amount(node.cpus, node.gpus, node.memory_gb)}" for node in nodes) or "no nodes"
+    return (
+        f"the cluster cannot hold the plan: no node has room for {part.name} {index + 1} of {part.count}, which needs "
+        f"{_amount(part.cpus, part.gpus, part.memory_gb)}. The plan: {wanted}; in all {total}. The cluster has {there}. "
+        f"Ask for less (cluster.*_cpus, cluster.*_gpus, rollout.actors, learner.ranks) or add nodes"
+    )
+
+
+def _amount(cpus: float, gpus: float, memory_gb: float) -> str:
+    words = [f"{cpus:g} CPU"]
+    words += [f"{gpus:g} GPU"] if gpus else []
+    words += [f"{memory_gb:.3g} GB"] if memory_gb else []
+    return ", ".join(words)
+
+
+def nodes_of_ray(rows: Sequence[Mapping[str, object]]) -> list[Node]:
+    """The living nodes of `ray.nodes()`."""
+    nodes: list[Node] = []
+    for row in rows:
+        resources = row["Resources"]
+        if not row["Alive"] or not isinstance(resources, Mapping):
+            continue
+        amount = {key: float(value) for key, value in resources.items() if isinstance(value, int | float)}
+        nodes.append(
+            Node(str(row["NodeManagerHostname"]), amount.get("CPU", 0.0), amount.get("GPU", 0.0), amount.get("memory", 0.0) / 2**30)
+        )
+    return nodes

@@ -1,0 +1,110 @@
+"""Recipes: YAML files, `key=value` overrides, and errors that name the key, the value and what is allowed."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cluster.config import Config
+from services.errors import UserError
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe and applies `key=value` overrides, in order; values are YAML.
+
+    Raises:
+        UserError: the file is not there or no YAML mapping, a key is unknown, a value is not allowed.
+    """
+    return resolve(apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"recipe {path}: there is no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: cannot be read: {error}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path}: not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path}: must be a mapping of sections ({', '.join(Config.model_fields)})")
+    return tree
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the tree with `a.b=value` set for each override."""
+    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+    for override in overrides:
+        key, separator, raw = override.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"override {override!r}: must be KEY=VALUE, for example learner.lr=2e-5")
+        try:
+            value = yaml.safe_load(raw) if raw else None
+        except yaml.YAMLError as error:
+            raise UserError(f"override {key}: value {raw!r} is not YAML: {error}") from error
+        *parents, leaf = key.strip().split(".")
+        node = result
+        for depth, parent in enumerate(parents):
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise UserError(f"override {key}: {'.'.join(parents[: depth + 1])} is no section, it has the value {child!r}")
+            node = child
+        node[leaf] = value
+    return result
+
+
+def resolve(tree: Mapping[str, Any], origin: str) -> Config:
+    """The configuration of a tree of plain values; `origin` names it in errors."""
+    unknown = _unknown_keys(Config, tree, ())
+    if unknown:
+        raise UserError(f"{origin}: " + "; ".join(unknown))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from error
+
+
+def save_resolved(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def json_schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def _unknown_keys(model: type[BaseModel], tree: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
+    problems: list[str] = []
+    for key, value in tree.items():
+        here = (*path, str(key))
+        if key not in model.model_fields:
+            near = difflib.get_close_matches(str(key), list(model.model_fields), n=1, cutoff=0.5)
+            hint = f"did you mean {'.'.join((*path, near[0]))!r}?" if near else f"allowed: {', '.join(model.model_fields)}"
+            problems.append(f"unknown key {'.'.join(here)!r}: {hint}")
+            continue
+        section = _section_of(model.model_fields[key].annotation)
+        if section is not None and isinstance(value, Mapping):
+            problems.extend(_unknown_keys(section, value, here))
+    return problems
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *get_args(annotation)]
+    sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+    return sections[0] if len(sections) == 1 else None
+
+
+def _describe(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "missing":
+        return f"{key}: is required"
+    value = item["input"]
+    shown = "" if isinstance(value, Mapping) else f"value {value!r}: "
+    return f"{key}: {shown}{item['msg']}" if key else f"{item['msg']}"

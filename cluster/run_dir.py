@@ -1,0 +1,129 @@
+"""The run directory: what stands where, who may write to it, and how it is cut back to a commit.
+
+The layout is a public contract (docs/run-directory.md). One driver writes it; a lock file held for the driver's life
+keeps a second one out. `metrics.jsonl` and `samples/` may run ahead of the last commit; a resume cuts them back to it.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from services.errors import UserError
+from services.records import Group, Sample
+
+
+class RunDir:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
+        self.samples = path / "samples"
+        self.maps = path / "samples" / "maps"
+        self.checkpoints = path / "checkpoints"
+        self.policy = path / "policy"
+        self.policy_best = path / "policy-best"
+        self.salience = path / "salience.json"
+        self.summary = path / "summary.json"
+        self.redis = path / "redis"
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Creates the directory and takes it for this process.
+
+        Raises:
+            UserError: another driver is using it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"run directory {self.path}: cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            owner = handle.read().strip() or "another process"
+            handle.close()
+            raise UserError(f"run directory {self.path}: in use by {owner}; stop it first or choose another directory") from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+        handle.flush()
+        self._lock = handle
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Appends to events.jsonl and waits until it is on disk: restarts are counted by it."""
+        with self.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), "event": kind, **fields}, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def last_incarnation(self) -> int:
+        """The incarnation of the run's last start; 0 where there was none."""
+        return max((int(event["incarnation"]) for event in read_jsonl(self.events) if event.get("event") == "start"), default=0)
+
+    def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **dict(sorted(metrics.items()))}) + "\n")
+
+    def write_samples(self, step: int, groups: Sequence[Group], extra: Mapping[str, Mapping[str, Any]]) -> None:
+        """One shard a step; `extra` adds the learner's figures to a sample, by sample id. Dense maps go to files beside."""
+        self.samples.mkdir(exist_ok=True)
+        shard = self.samples / f"step_{step:06d}.jsonl"
+        with shard.open("w", encoding="utf-8") as file:
+            for group in groups:
+                for sample in group.samples:
+                    row = self._map_to_file(step, sample).model_dump(mode="json")
+                    file.write(json.dumps({"step": step, **row, **extra.get(sample.sample_id, {})}, ensure_ascii=False) + "\n")
+
+    def _map_to_file(self, step: int, sample: Sample) -> Sample:
+        if sample.attention is None or sample.attention.map is None:
+            return sample
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        directory = self.maps / f"step_{step:06d}"
+        directory.mkdir(parents=True, exist_ok=True)
+        name = sample.sample_id.replace(":", "_").replace("/", "_") + ".safetensors"
+        save_file({"map": np.asarray(sample.attention.map, dtype=np.float32)}, directory / name)
+        reference = str((directory / name).relative_to(self.path))
+        return sample.model_copy(update={"attention": sample.attention.model_copy(update={"map": None, "map_ref": reference})})
+
+    def cut_back(self, steps: int) -> None:
+        """Removes what belongs to step `steps` and later: they are not in the commit that the run goes on from."""
+        rows = [row for row in read_jsonl(self.metrics) if int(row["step"]) < steps]
+        if self.metrics.exists():
+            write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        for entry in [*self.samples.glob("step_*.jsonl"), *self.maps.glob("step_*")]:
+            if int(entry.name.removeprefix("step_").removesuffix(".jsonl")) >= steps:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file of ours; a last line cut short by a kill in mid-write is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
