@@ -13,17 +13,17 @@ class EvaluationSection(Section):
     every: int = Field(
         0,
         ge=0,
-        description="Steps between evaluations during training; 0: none. They cost time that the run's length bounds.",
+        description="Steps between evaluations during training; 0: none, for they take time from the run.",
     )
     split: Literal["validation", "test"] = Field(
         "validation",
-        description="Prompts of the evaluations during training. The test split is for the last word only: what chooses "
-        "`policy-best/` must not have seen it.",
+        description="Prompts of the evaluations during training. The test split is for the last word only: what "
+        "chooses `policy-best/` must not have seen it.",
     )
     prompts: int = Field(
         64,
         ge=1,
-        description="Held-out prompts, the first of the split; fewer where it has fewer. 64: as many as a step.",
+        description="Held-out prompts, the first of the split, or all that it has. 64: as many as a step.",
     )
     decodings: tuple[Decoding, ...] = Field(
         ("greedy", "nucleus"),
@@ -33,36 +33,28 @@ class EvaluationSection(Section):
     samples: int = Field(
         4,
         ge=1,
-        description="Responses a prompt where decoding draws (greedy has one). 2 and more give the within-prompt standard "
-        "deviation; 4 as in training (CAGSR, arXiv 2502.10482).",
+        description="Responses a prompt where decoding draws (greedy has one). 2 and more give the within-prompt "
+        "standard deviation; 4 as in training (CAGSR, arXiv 2502.10482).",
     )
-    top_p: float = Field(
-        0.9, gt=0, le=1, description="Nucleus mass (Holtzman et al. 2020, arXiv 1904.09751, use 0.9 to 0.95)."
-    )
+    top_p: float = Field(0.9, gt=0, le=1, description="Nucleus mass (Holtzman et al., arXiv 1904.09751: 0.9 to 0.95).")
     temperature: float = Field(1.0, gt=0, description="Softmax temperature of `nucleus` and `sample`.")
     max_tokens: int | None = Field(
-        None, ge=1, description="Longest response, in tokens; null: rollout.max_tokens, as the policy is trained."
+        None, ge=1, description="Longest response, in tokens; null: rollout.max_tokens, as in training."
     )
-    batch_prompts: int = Field(
-        16, ge=1, description="Prompts handed to the engine at once; bounds memory, not results."
-    )
-    seed: int = Field(
-        0, ge=0, description="Seeds the draws, by prompt: the same prompts meet the same generator each time."
-    )
+    batch_prompts: int = Field(16, ge=1, description="Prompts given to the engine at once: bounds memory.")
+    seed: int = Field(0, ge=0, description="Seeds the draws, prompt by prompt: the same at every evaluation.")
     resamples: int = Field(
         2000,
         ge=100,
-        description="Bootstrap resamples of prompts; 2000 gives two stable digits of a 95 % interval (Efron 1993).",
+        description="Bootstrap resamples of prompts. 2000: Efron and Tibshirani (1993) ask for 1000 and more.",
     )
     level: float = Field(0.95, gt=0, lt=1, description="Probability that the intervals hold.")
     best_metric: str | None = Field(
         None,
-        description="Figure that chooses `policy-best/`, as DECODING/METRIC, e.g. greedy/rouge_l; null: the attention reward "
-        "under the first decoding.",
+        description="Figure that chooses `policy-best/`, as DECODING/METRIC, e.g. greedy/rouge_l; null: the attention "
+        "reward under the first decoding.",
     )
-    best_goal: Literal["max", "min"] = Field(
-        "max", description="Whether `best_metric` is better when larger or smaller."
-    )
+    best_goal: Literal["max", "min"] = Field("max", description="Which end of `best_metric` is the better one.")
 
     @field_validator("decodings")
     @classmethod
@@ -77,8 +69,8 @@ class EvaluationSection(Section):
             decoding, separator, metric = self.best_metric.partition("/")
             if not separator or decoding not in self.decodings or metric not in METRICS:
                 raise ValueError(
-                    f"best_metric {self.best_metric!r} must be DECODING/METRIC with DECODING one of {', '.join(self.decodings)} "
-                    f"and METRIC one of {', '.join(METRICS)}"
+                    f"best_metric {self.best_metric!r} must be DECODING/METRIC with DECODING one of "
+                    f"{', '.join(self.decodings)} and METRIC one of {', '.join(METRICS)}"
                 )
         return self
 
