@@ -13,8 +13,7 @@ from services.attention.config import CaptureSection
 from services.config_base import Section
 from services.models_config import PolicySection
 from services.stream.config import StreamSection
-from services.text.config import DataSection
-from services.text.salience import SalienceSection
+from services.text.config import DataSection, SalienceSection
 
 
 class RunSection(Section):

@@ -1,0 +1,56 @@
+"""Prompts into the ledger: every group of an epoch is registered before its first lease, payloads a window ahead.
+
+A group's place in lease order is `epoch * n + its place in the epoch's permutation`: it follows from the seed alone, so a
+restart finds the same order without having stored it.
+"""
+
+import math
+from collections.abc import Sequence
+
+from services.records import Prompt, group_id_of
+from services.stream.ledger import Ledger
+from services.text.order import epoch_order
+
+
+class Feed:
+    """The training prompts in lease order. `seed` is the run's, `epochs` and `steps` (None: all) bound the run."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, epochs: int, steps: int | None, groups_per_step: int) -> None:
+        self._prompts = prompts
+        self._seed = seed
+        self._epochs = epochs
+        self._registered = 0
+        self._by_group: dict[str, Prompt] = {}
+        self.groups_per_step = groups_per_step
+        self.total_groups = epochs * len(prompts)
+        possible = math.ceil(self.total_groups / groups_per_step)
+        self.total_steps = possible if steps is None else min(steps, possible)
+
+    def register(self, ledger: Ledger, order: int) -> None:
+        """Registers every epoch that begins at or before place `order`, each whole; idempotent."""
+        n = len(self._prompts)
+        while self._registered < self._epochs and self._registered * n <= order:
+            epoch = self._registered
+            permutation = epoch_order(n, self._seed, epoch)
+            groups: list[tuple[str, int]] = []
+            for place, index in enumerate(permutation):
+                prompt = self._prompts[index]
+                group_id = group_id_of(epoch, prompt.prompt_id)
+                self._by_group[group_id] = prompt
+                groups.append((group_id, epoch * n + place))
+            ledger.register(epoch, groups)
+            self._registered += 1
+
+    @property
+    def all_registered(self) -> bool:
+        return self._registered == self._epochs
+
+    def top_up(self, ledger: Ledger, window: int) -> None:
+        """Gives the next `window` pending groups their prompts."""
+        missing = ledger.missing_payload(window)
+        if missing:
+            ledger.attach({group_id: self._by_group[group_id] for group_id in missing})
+
+    def admission_limit(self, step: int, max_staleness: int) -> int:
+        """Groups that may ever have been leased, failed ones not counted, while `step` steps are done (invariant 3)."""
+        return min((max_staleness + step + 1) * self.groups_per_step, self.total_steps * self.groups_per_step)

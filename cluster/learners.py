@@ -1,0 +1,67 @@
+"""The learner's ranks, driven as one: every call goes to all of them at once and has a deadline."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.config import Config
+from cluster.plan import Part
+from cluster.supervise import Running, Supervisor
+from learner.worker import LearnerWorker
+
+
+@dataclass(frozen=True)
+class LearnerGroup:
+    """Ranks 0 .. n-1 of the learner. Rank 0's answer is the group's."""
+
+    supervisor: Supervisor
+    ranks: tuple[Running, ...]
+    tick: Callable[[], None]
+
+    def call(self, method: str, *args: Any, what: str, seconds: float) -> Any:
+        """Calls a method on every rank and returns rank 0's answer.
+
+        Raises:
+            Deadline, PartFailed: names the rank.
+        """
+        references = [getattr(rank.handle, method).remote(*args) for rank in self.ranks]
+        names = [rank.name for rank in self.ranks]
+        return self.supervisor.wait(references, names, what=what, seconds=seconds, tick=self.tick)[0]
+
+
+def learner_environment(config: Config) -> dict[str, str]:
+    """What DeepSpeed and torch read before they are imported: one thread count everywhere, the CPU where no GPU is asked for."""
+    environment = {"OMP_NUM_THREADS": str(config.learner.threads), "TOKENIZERS_PARALLELISM": "false"}
+    if not config.cluster.learner_gpus:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
+def start_learners(
+    supervisor: Supervisor,
+    part: Part,
+    config: Config,
+    tree: Mapping[str, Any],
+    run_dir: str,
+    *,
+    total_steps: int,
+    resume: str | None,
+    tick: Callable[[], None],
+) -> LearnerGroup:
+    """Starts the ranks, joins them into one process group and loads the policy, or the checkpoint `resume`."""
+    environment = learner_environment(config)
+    ranks = tuple(
+        Running(
+            f"learner-{rank}",
+            supervisor.actor(LearnerWorker, part, f"learner-{rank}", environment, dict(tree), rank, part.count, run_dir),
+        )
+        for rank in range(part.count)
+    )
+    group = LearnerGroup(supervisor, ranks, tick)
+    supervisor.learners = list(ranks)
+    seconds = config.cluster.start_s
+    address, port = supervisor.wait(
+        [ranks[0].handle.address.remote()], [ranks[0].name], what="the learner's address", seconds=seconds, tick=tick
+    )[0]
+    group.call("setup", address, port, resume, total_steps, what="the learner to load the policy", seconds=seconds)
+    return group

@@ -1,0 +1,60 @@
+"""Joins the Ray cluster that is there, or starts one on this machine for the length of a run.
+
+A cluster that we start has token authentication on, with a token of its own, and no dashboard.
+"""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from cluster.config import ClusterSection
+from services.errors import Deadline, UserError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Samples go by Redis and weights by files: Ray's object store carries little."""
+
+
+@contextmanager
+def ray_cluster(section: ClusterSection) -> Iterator[Any]:
+    """The `ray` module, connected. What was connected before stays so afterwards."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = section.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("Ray is not installed: pip install 'attune[cpu]' or 'attune[gpu]'") from error
+    if ray.is_initialized():
+        yield ray
+        return
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": bool(os.environ.get("ATTUNE_ACTOR_LOGS"))}
+    try:
+        if address:
+            ray.init(address=address, **options)
+        else:
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"cluster.address {address}: no Ray cluster answers there: {error}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def wait_all(ray: Any, references: Sequence[Any], *, seconds: float, what: str, who: Sequence[str]) -> list[Any]:
+    """The results of all references.
+
+    Raises:
+        Deadline: names those that did not answer in time.
+    """
+    _, pending = ray.wait(list(references), num_returns=len(references), timeout=seconds)
+    if pending:
+        late = [name for name, reference in zip(who, references, strict=True) if reference in pending]
+        raise Deadline(waited_for=what, who=", ".join(late), seconds=seconds)
+    return ray.get(list(references))

@@ -1,0 +1,44 @@
+"""SIGTERM and Ctrl-C become a request to stop, looked at between two waits; a second Ctrl-C stops at once."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+
+class StopRequest:
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._at = 0.0
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+        self._at = time.monotonic()
+
+    def check(self) -> None:
+        """Raises Stopped once a signal has come."""
+        if self.signal_name is not None:
+            raise Stopped(self.signal_name)
+
+    def grace_left(self, grace_s: float) -> float:
+        """Seconds until the grace that began with the signal is over."""
+        return self._at + grace_s - time.monotonic()
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Handles the signals for the length of the block. Enter it after Ray, which sets handlers of its own."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,119 @@
+"""The rollout actor: leases prompts, generates, streams each group on as it finishes, takes new weights between groups.
+
+It asks the ledger for work and is told by it which weights to hold: it calls no learner and no learner calls it. A lease
+is renewed while its group is being generated, so that only a dead or stuck actor loses one.
+
+A prompt that cannot be generated for is a failure of data and is reported as such; anything else that goes wrong is a
+failure of infrastructure, ends the actor, and the lease passes to another.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from rollout.config import RolloutSection
+from rollout.engine import Engine
+from rollout.prepare import Preparation, group_of, group_seed, prepare, request_of, sampling_of
+from services.errors import UserError
+from services.records import Failure, Group, Lease, PolicyVersion
+from services.stream.ledger import Ledger, LoadWeights, Wait
+
+DATA_ATTEMPTS = 1
+"""A prompt that does not fit the model will not fit it at a second attempt."""
+
+
+@dataclass
+class RolloutCounters:
+    """What an actor did so far; `busy_s` is time in the engine (s), generating or loading weights."""
+
+    groups: int = 0
+    samples: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0
+    renewed: int = 0
+
+
+class RolloutLoop:
+    """The loop of one actor over one engine. `seed` is the run's."""
+
+    def __init__(
+        self, engine: Engine, ledger: Ledger, preparation: Preparation, section: RolloutSection, *, owner: str, seed: int
+    ) -> None:
+        self._engine = engine
+        self._ledger = ledger
+        self._preparation = preparation
+        self._section = section
+        self._owner = owner
+        self._seed = seed
+        self._loaded: PolicyVersion | None = None
+        self._stopping = False
+        self.counters = RolloutCounters()
+
+    async def run(self) -> None:
+        """Works until `stop`; raises what ends the actor."""
+        while not self._stopping:
+            answer = await asyncio.to_thread(self._ledger.lease, self._owner, self._loaded, self._section.lease_s)
+            if isinstance(answer, Wait):
+                await asyncio.sleep(self._section.poll_s)
+            elif isinstance(answer, LoadWeights):
+                await self._load(answer)
+            else:
+                await self._work(answer)
+
+    def stop(self) -> None:
+        """Ends `run` after the group in hand."""
+        self._stopping = True
+
+    async def _load(self, answer: LoadWeights) -> None:
+        started = time.monotonic()
+        try:
+            self._loaded = await self._engine.load_weights(answer.path)
+        except FileNotFoundError:
+            # A newer version was published while this one was being read: the next lease names it.
+            await asyncio.sleep(self._section.poll_s)
+        self.counters.busy_s += time.monotonic() - started
+
+    async def _work(self, lease: Lease) -> None:
+        renewing = asyncio.create_task(self._renew(lease))
+        started = time.monotonic()
+        try:
+            group = await self._generate(lease)
+        except UserError as error:
+            failure = Failure(kind="data", code="prompt_refused", message=str(error))
+            await asyncio.to_thread(self._ledger.fail, lease.group_id, lease.attempt, failure, DATA_ATTEMPTS)
+            return
+        finally:
+            renewing.cancel()
+            self.counters.busy_s += time.monotonic() - started
+        await asyncio.to_thread(self._ledger.put_generated, group)
+        self.counters.groups += 1
+        self.counters.samples += len(group.samples)
+        self.counters.tokens += sum(len(sample.response_ids) for sample in group.samples)
+
+    async def _generate(self, lease: Lease) -> Group:
+        version = self._engine.version
+        prepared = prepare(lease.prompt, self._preparation)
+        limit, prompt_tokens = self._engine.max_context, len(prepared.rendered.ids)
+        if limit is not None and prompt_tokens + self._section.max_tokens > limit:
+            raise UserError(
+                f"prompt {lease.prompt.prompt_id}: {prompt_tokens} tokens and rollout.max_tokens {self._section.max_tokens} "
+                f"exceed the model's context of {limit}"
+            )
+        seed = group_seed(self._seed, lease.epoch, lease.prompt.prompt_id, version.step)
+        request = request_of(prepared, sampling_of(self._section), seed, self._section.keep_maps)
+        (completions,) = await self._engine.generate([request])
+        return group_of(
+            lease,
+            prepared,
+            completions,
+            tokenizer=self._preparation.tokenizer,
+            layers=self._engine.layers,
+            eos_ids=self._engine.eos_ids,
+            version=version,
+        )
+
+    async def _renew(self, lease: Lease) -> None:
+        while True:
+            await asyncio.sleep(self._section.lease_s / 3)
+            await asyncio.to_thread(self._ledger.renew, self._owner, lease.group_id, lease.attempt, self._section.lease_s)
+            self.counters.renewed += 1
