@@ -1,0 +1,165 @@
+"""Committed checkpoints: what makes a directory of files the truth about a run (invariant 1).
+
+    checkpoints/step_N/   engine/  learner.json  manifest.json  COMMITTED
+
+A checkpoint is written as `step_N.partial`. `commit_checkpoint` brings every file of it to the disk, lists size and
+SHA-256 of each in manifest.json, writes COMMITTED (the SHA-256 of manifest.json) last, and renames the directory. A
+directory without COMMITTED, or one whose files are not those the manifest lists, is no checkpoint: it is reported and
+passed over, never half used.
+
+Nothing here knows what the files hold, and nothing heavy is imported: the driver calls it without torch.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.errors import UserError
+
+MANIFEST = "manifest.json"
+COMMITTED = "COMMITTED"
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A checkpoint that was verified. `manifest` is what the driver gave to `commit_checkpoint`, and `files`."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Latest:
+    """The newest valid commit, if there is one, and what was passed over on the way to it (one line each)."""
+
+    commit: Commit | None
+    problems: tuple[str, ...]
+
+
+def begin_checkpoint(run_dir: str | Path, step: int) -> Path:
+    """An empty `checkpoints/step_N.partial`; what an earlier attempt left there is removed."""
+    directory = Path(run_dir) / "checkpoints" / f"step_{step}.partial"
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+    return directory
+
+
+def commit_checkpoint(directory: str | Path, manifest: Mapping[str, Any]) -> Path:
+    """Makes `step_N.partial` the checkpoint `step_N`, and returns its path.
+
+    Raises:
+        ValueError: the directory is not named step_N.partial, or `manifest` holds the reserved key `files`.
+        OSError: the disk is full, or the like; then `step_N.partial` is no checkpoint, and earlier ones are untouched.
+    """
+    partial = Path(directory)
+    if not (partial.name.endswith(".partial") and _STEP.fullmatch(partial.name.removesuffix(".partial"))):
+        raise ValueError(f"a checkpoint that is being written is named step_N.partial, got {partial}")
+    if "files" in manifest:
+        raise ValueError("manifest: the key `files` is written by commit_checkpoint")
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(partial.rglob("*")):
+        name = path.relative_to(partial).as_posix()
+        if path.is_file() and name not in (MANIFEST, COMMITTED):
+            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            _sync(path)
+    text = json.dumps({**manifest, "files": files}, indent=1, sort_keys=True)
+    _write(partial / MANIFEST, text)
+    _write(partial / COMMITTED, hashlib.sha256(text.encode()).hexdigest() + "\n")
+    for path in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
+        _sync(path)
+    final = partial.with_name(partial.name.removesuffix(".partial"))
+    aside = final.with_name(f"{final.name}.replaced")
+    if final.exists():  # an earlier run went this far and was resumed from before, or this one failed verification
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    partial.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def read_commit(directory: str | Path) -> Commit:
+    """A committed checkpoint, every file of it verified against the manifest.
+
+    Raises:
+        UserError: what is wrong with it, and the file concerned.
+    """
+    path = Path(directory)
+    match = _STEP.fullmatch(path.name)
+    if not path.is_dir() or match is None:
+        raise UserError(f"{path} is not a checkpoint: expected a directory checkpoints/step_N of a run")
+    for name in (COMMITTED, MANIFEST):
+        if not (path / name).is_file():
+            raise UserError(f"{path} is not a committed checkpoint: {name} is missing")
+    text = (path / MANIFEST).read_bytes()
+    if hashlib.sha256(text).hexdigest() != (path / COMMITTED).read_text().strip():
+        raise UserError(f"{path} is damaged: {MANIFEST} is not the one that was committed")
+    manifest: dict[str, Any] = json.loads(text)
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{path} is damaged: {name} is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise UserError(
+                f"{path} is damaged: {name} has {file.stat().st_size} bytes, {entry['bytes']} were committed"
+            )
+        if _sha256(file) != entry["sha256"]:
+            raise UserError(f"{path} is damaged: the SHA-256 of {name} is not the committed one")
+    return Commit(path=path, step=int(match[1]), manifest=manifest)
+
+
+def latest_committed(run_dir: str | Path) -> Latest:
+    """The newest checkpoint of a run that is committed and undamaged."""
+    problems: list[str] = []
+    root = Path(run_dir) / "checkpoints"
+    for step in sorted(_steps(root), reverse=True):
+        try:
+            return Latest(read_commit(root / f"step_{step}"), tuple(problems))
+        except UserError as error:
+            problems.append(str(error))
+    return Latest(None, tuple(problems))
+
+
+def prune_checkpoints(run_dir: str | Path, keep: int) -> list[Path]:
+    """Removes all committed checkpoints but the newest `keep` (0: none is removed), and what unfinished ones left."""
+    root = Path(run_dir) / "checkpoints"
+    committed = sorted(step for step in _steps(root) if (root / f"step_{step}" / COMMITTED).is_file())
+    removed = [root / f"step_{step}" for step in committed[:-keep]] if keep else []
+    for path in removed:
+        # Without the marker first: a removal that is cut short must not leave a checkpoint that looks damaged.
+        (path / COMMITTED).unlink()
+        shutil.rmtree(path)
+    return removed
+
+
+def _steps(root: Path) -> list[int]:
+    if not root.is_dir():
+        return []
+    return [int(match[1]) for path in root.iterdir() if (match := _STEP.fullmatch(path.name))]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
