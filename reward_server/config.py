@@ -1,0 +1,192 @@
+"""The `reward` section of a recipe: which sources score, how they are combined, and how the service behaves."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from services.attention.options import PRESETS, AttentionOptions
+from services.config_base import Section
+
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class SourceBase(Section):
+    """What every source has: its part in the combination, `weight * clip(scale * value + offset)`."""
+
+    weight: Weight = Field(1.0, description="Factor of this source in the combined reward; may be negative.")
+    required: bool = Field(
+        True, description="A required source that failed fails the item; an optional one is left out and flagged."
+    )
+    offset: Weight = Field(
+        0.0, description="Added to the scaled value; a constant, running standardisation is learner."
+    )
+    scale: Weight = Field(1.0, description="Multiplies the source's value, before the offset.")
+    clip: tuple[Weight, Weight] | None = Field(
+        None, description="[lowest, highest] of scale * value + offset; null: not clipped."
+    )
+
+    @model_validator(mode="after")
+    def _clip_is_an_interval(self) -> Self:
+        if self.clip is not None and self.clip[0] > self.clip[1]:
+            raise ValueError(f"clip must be [lowest, highest], got {list(self.clip)}")
+        return self
+
+
+class AttentionSource(SourceBase):
+    """The attention reward of the specification (CAGSR, arXiv 2502.10482)."""
+
+    kind: Literal["attention"] = "attention"
+    preset: Literal["paper", "comparable"] = Field(
+        "paper", description="Options to start from: the paper's, or all terms on comparable scales."
+    )
+    options: AttentionOptions = Field(
+        AttentionOptions(), description="Options laid over the preset: only those that are given count."
+    )
+
+    def resolved(self) -> AttentionOptions:
+        """The preset with the given options laid over it."""
+        given = self.options.model_dump(exclude_unset=True)
+        return AttentionOptions.model_validate({**PRESETS[self.preset].model_dump(), **given})
+
+
+class LengthSource(SourceBase):
+    """bonus * min(n, target) / target - penalty * max(0, n - target) / target, for a response of n units."""
+
+    kind: Literal["length"] = "length"
+    unit: Literal["tokens", "words", "characters"] = Field(
+        "tokens", description="What is counted. Tokens: response_ids without a trailing end-of-sequence token."
+    )
+    target: int = Field(64, ge=1, description="Length, in units, up to which the bonus grows and past which it costs.")
+    bonus: float = Field(0.0, ge=0, allow_inf_nan=False, description="Value at the target; grows linearly from 0.")
+    penalty: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="Taken off for every further `target` units past the target."
+    )
+
+
+class RepetitionSource(SourceBase):
+    """Minus the number of repeated n-grams, as in the `repeat` term of the attention reward."""
+
+    kind: Literal["repetition"] = "repetition"
+    unit: Literal["tokens", "words"] = Field("tokens", description="Over response_ids, or over lower-cased words.")
+    ngrams: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
+        (2, 3),
+        min_length=1,
+        max_length=16,
+        description="Lengths of the n-grams; (2, 3) is the specification's default.",
+    )
+    repeat_count: Literal["types", "excess"] = Field(
+        "excess", description="Count repeated n-grams once each (types) or every repetition (excess)."
+    )
+    rate: bool = Field(True, description="Divide by the number of n-grams, so that long responses are comparable.")
+
+
+class ExactMatchSource(SourceBase):
+    """1 where the response equals the item's reference, else 0."""
+
+    kind: Literal["exact_match"] = "exact_match"
+    normalise: Literal["none", "whitespace", "words"] = Field(
+        "words",
+        description="Compared as they are; with runs of white space as one and the ends stripped; or as the sequence of "
+        "lower-cased words, without punctuation.",
+    )
+
+
+SourceSection = Annotated[
+    AttentionSource | LengthSource | RepetitionSource | ExactMatchSource, Field(discriminator="kind")
+]
+
+
+class WorkerSection(Section):
+    """The scoring worker: stream -> HTTP -> stream."""
+
+    groups: int = Field(8, ge=1, description="Groups read from the stream at a time.")
+    batch_items: int = Field(64, ge=1, description="Most items of one HTTP request.")
+    timeout_s: float = Field(30.0, gt=0, description="Deadline of one HTTP request, in seconds.")
+    retries: int = Field(
+        3, ge=0, description="Further tries of a request after an infra failure before the next pause."
+    )
+    backoff_s: float = Field(
+        0.2, gt=0, description="First pause between tries, in seconds; doubles, with jitter, to 5 s."
+    )
+    outage_s: float = Field(
+        120.0, gt=0, description="Seconds without one success after which the run ends and says what did not answer."
+    )
+    block_ms: int = Field(500, ge=1, description="How long one read of the stream waits, in milliseconds.")
+    min_idle_ms: int = Field(
+        300_000, ge=1000, description="Idle time after which another worker's entry is taken over; above outage_s."
+    )
+    infra_budget: int = Field(8, ge=0, description="Failures of kind infra that a group may have before it is failed.")
+    data_budget: int = Field(
+        1, ge=0, description="Failures of kind data before a group is failed; small, as the same data fails again."
+    )
+
+    @model_validator(mode="after")
+    def _takes_over_late(self) -> Self:
+        if self.min_idle_ms <= self.outage_s * 1000:
+            raise ValueError(f"min_idle_ms ({self.min_idle_ms}) must be above outage_s ({self.outage_s:g} s)")
+        return self
+
+
+def _default_sources() -> dict[str, SourceSection]:
+    return {"attention": AttentionSource()}
+
+
+class RewardSection(Section):
+    """The reward server. Without a token it binds to loopback only."""
+
+    sources: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")], SourceSection] = Field(
+        default_factory=_default_sources,
+        min_length=1,
+        description="Sources by name; each has a kind. Default: the attention reward as the paper has it.",
+    )
+    allow_options: bool | None = Field(
+        None,
+        description="Whether attention_options of a request count. null: only where attention is the single source, as "
+        "a run's score must be a function of its recipe.",
+    )
+    host: str = Field("127.0.0.1", description="Address to bind. Any but loopback needs a token.")
+    port: int = Field(0, ge=0, le=65535, description="Port; 0: a free one (in runs). The command's default is 8077.")
+    token_env: str = Field("ATTUNE_REWARD_TOKEN", description="Environment variable that holds the bearer token.")
+    max_bytes: int = Field(16 * 2**20, ge=1024, description="Largest body, in bytes: 413 above. Bounds memory.")
+    max_items: int = Field(1024, ge=1, description="Most items of a request: 413 above.")
+    concurrency: int = Field(2, ge=1, description="Requests scored at once; numpy scoring is bound by the processor.")
+    max_requests: int = Field(
+        64, ge=1, description="Requests admitted at once, scored and waiting: 429 above. Bounds memory with max_bytes."
+    )
+    retry_after_s: int = Field(1, ge=1, description="Retry-After of a 429, in seconds.")
+    body_timeout_s: float = Field(30.0, gt=0, description="Deadline for the arrival of a body, in seconds: 408 after.")
+    source_timeout_s: float = Field(
+        20.0, gt=0, description="Deadline of one source for one request, in seconds; its items then fail as infra."
+    )
+    ready_timeout_s: float = Field(
+        5.0, gt=0, description="Deadline of the built-in item that /readyz scores, in seconds."
+    )
+    worker: WorkerSection = Field(WorkerSection(), description="The scoring worker of a run.")
+
+    def options_allowed(self) -> bool:
+        """Whether `attention_options` of a request count."""
+        if self.allow_options is not None:
+            return self.allow_options
+        return [source.kind for source in self.sources.values()] == ["attention"]
+
+    def recipe_revision(self) -> str:
+        """What scores depend on, as 16 hexadecimal digits: the resolved sources and whether requests may change them."""
+        sources = {name: resolved_source(source) for name, source in self.sources.items()}
+        return digest({"sources": sources, "allow_options": self.options_allowed()})
+
+
+def resolved_source(source: SourceSection) -> dict[str, Any]:
+    """A source with its presets resolved, as JSON values."""
+    values = source.model_dump(mode="json")
+    if isinstance(source, AttentionSource):
+        del values["preset"]
+        values["options"] = source.resolved().model_dump(mode="json")
+    return values
+
+
+def digest(value: Any) -> str:
+    """BLAKE2b-64 of the canonical JSON of a value, in hexadecimal."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()

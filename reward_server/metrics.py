@@ -1,0 +1,74 @@
+"""What the service tells Prometheus. Every label has a closed set of values: sources of the recipe, codes, statuses."""
+
+from collections.abc import Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from reward_server.schema import Component, Result
+
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SCORE_BUCKETS = (-10, -5, -2, -1, -0.5, -0.2, -0.1, 0, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+class Metrics:
+    """The metrics of one app, in a registry of its own, so that several apps live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "attune_reward_requests", "Requests by route and status.", ["route", "status"], registry=self.registry
+        )
+        self._request_seconds = Histogram(
+            "attune_reward_request_seconds", "Seconds to answer POST /v1/rewards.",
+            buckets=LATENCY_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._batch = Histogram(
+            "attune_reward_batch_items", "Items of a request.", buckets=BATCH_BUCKETS, registry=self.registry
+        )
+        self._source_seconds = Histogram(
+            "attune_reward_source_seconds", "Seconds of one source for one request.", ["source"],
+            buckets=LATENCY_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._scores = Histogram(
+            "attune_reward_score", "Values of ok components.", ["source"],
+            buckets=SCORE_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._failures = Counter(
+            "attune_reward_failures", "Failed components by code.", ["source", "code"], registry=self.registry
+        )
+        self._items = Counter("attune_reward_items", "Items by result.", ["status"], registry=self.registry)
+        self.admitted = Gauge(
+            "attune_reward_admitted_requests", "Requests admitted: being scored or waiting.", registry=self.registry
+        )
+        self.scoring = Gauge("attune_reward_scoring_requests", "Requests being scored.", registry=self.registry)
+        self.last_success = Gauge(
+            "attune_reward_last_success_timestamp_seconds", "When an item was last scored.", registry=self.registry
+        )
+
+    def request(self, route: str, status: int) -> None:
+        self._requests.labels(route, str(status)).inc()
+
+    def source(self, name: str, seconds: float, components: Sequence[Component]) -> None:
+        self._source_seconds.labels(name).observe(seconds)
+        scores = self._scores.labels(name)
+        for component in components:
+            if component.value is not None:
+                scores.observe(component.value)
+            elif component.error is not None:
+                self._failures.labels(name, component.error.code.value).inc()
+
+    def answer(self, seconds: float, results: Sequence[Result]) -> None:
+        self._request_seconds.observe(seconds)
+        self._batch.observe(len(results))
+        counts: Mapping[str, int] = {
+            status: sum(result.status == status for result in results) for status in ("ok", "failed")
+        }
+        for status, count in counts.items():
+            self._items.labels(status).inc(count)
+        if counts["ok"]:
+            self.last_success.set_to_current_time()
+
+    def exposition(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)
