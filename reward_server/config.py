@@ -15,16 +15,15 @@ Weight = Annotated[float, Field(allow_inf_nan=False)]
 class SourceBase(Section):
     """What every source has: its part in the combination, `weight * clip(scale * value + offset)`."""
 
-    weight: Weight = Field(1.0, description="Factor of this source in the combined reward; may be negative.")
+    weight: Weight = Field(default=1.0, description="Factor of this source in the combined reward; may be negative.")
     required: bool = Field(
-        True, description="A required source that failed fails the item; an optional one is left out and flagged."
+        default=True,
+        description="A required source that failed fails the item; an optional one is left out and flagged.",
     )
-    offset: Weight = Field(
-        0.0, description="Added to the scaled value; a constant, running standardisation is learner."
-    )
-    scale: Weight = Field(1.0, description="Multiplies the source's value, before the offset.")
+    offset: Weight = Field(default=0.0, description="Added to the scaled value; a constant of the recipe.")
+    scale: Weight = Field(default=1.0, description="Multiplies the source's value, before the offset.")
     clip: tuple[Weight, Weight] | None = Field(
-        None, description="[lowest, highest] of scale * value + offset; null: not clipped."
+        default=None, description="[lowest, highest] of scale * value + offset; null: not clipped."
     )
 
     @model_validator(mode="after")
@@ -39,10 +38,10 @@ class AttentionSource(SourceBase):
 
     kind: Literal["attention"] = "attention"
     preset: Literal["paper", "comparable"] = Field(
-        "paper", description="Options to start from: the paper's, or all terms on comparable scales."
+        default="paper", description="Options to start from: the paper's, or all terms on comparable scales."
     )
     options: AttentionOptions = Field(
-        AttentionOptions(), description="Options laid over the preset: only those that are given count."
+        default=AttentionOptions(), description="Options laid over the preset: only those that are given count."
     )
 
     def resolved(self) -> AttentionOptions:
@@ -56,12 +55,19 @@ class LengthSource(SourceBase):
 
     kind: Literal["length"] = "length"
     unit: Literal["tokens", "words", "characters"] = Field(
-        "tokens", description="What is counted. Tokens: response_ids without a trailing end-of-sequence token."
+        default="tokens", description="What is counted. Tokens: response_ids without a trailing end-of-sequence token."
     )
-    target: int = Field(64, ge=1, description="Length, in units, up to which the bonus grows and past which it costs.")
-    bonus: float = Field(0.0, ge=0, allow_inf_nan=False, description="Value at the target; grows linearly from 0.")
+    target: int = Field(
+        default=64, ge=1, description="Length, in units, up to which the bonus grows and past which it costs."
+    )
+    bonus: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="Value at the target; grows linearly from 0."
+    )
     penalty: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="Taken off for every further `target` units past the target."
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Taken off for every further `target` units past the target.",
     )
 
 
@@ -69,17 +75,21 @@ class RepetitionSource(SourceBase):
     """Minus the number of repeated n-grams, as in the `repeat` term of the attention reward."""
 
     kind: Literal["repetition"] = "repetition"
-    unit: Literal["tokens", "words"] = Field("tokens", description="Over response_ids, or over lower-cased words.")
+    unit: Literal["tokens", "words"] = Field(
+        default="tokens", description="Over response_ids, or over lower-cased words."
+    )
     ngrams: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
-        (2, 3),
+        default=(2, 3),
         min_length=1,
         max_length=16,
-        description="Lengths of the n-grams; (2, 3) is the specification's default.",
+        description="Lengths of the n-grams, the specification's default.",
     )
     repeat_count: Literal["types", "excess"] = Field(
-        "excess", description="Count repeated n-grams once each (types) or every repetition (excess)."
+        default="excess", description="Count repeated n-grams once each (types) or every repetition (excess)."
     )
-    rate: bool = Field(True, description="Divide by the number of n-grams, so that long responses are comparable.")
+    rate: bool = Field(
+        default=True, description="Divide by the number of n-grams, so that long responses are comparable."
+    )
 
 
 class ExactMatchSource(SourceBase):
@@ -87,9 +97,9 @@ class ExactMatchSource(SourceBase):
 
     kind: Literal["exact_match"] = "exact_match"
     normalise: Literal["none", "whitespace", "words"] = Field(
-        "words",
-        description="Compared as they are; with runs of white space as one and the ends stripped; or as the sequence of "
-        "lower-cased words, without punctuation.",
+        default="words",
+        description="Compared as they are; without regard to white space; or as the sequence of lower-cased words, "
+        "without punctuation.",
     )
 
 
@@ -101,25 +111,29 @@ SourceSection = Annotated[
 class WorkerSection(Section):
     """The scoring worker: stream -> HTTP -> stream."""
 
-    groups: int = Field(8, ge=1, description="Groups read from the stream at a time.")
-    batch_items: int = Field(64, ge=1, description="Most items of one HTTP request.")
-    timeout_s: float = Field(30.0, gt=0, description="Deadline of one HTTP request, in seconds.")
-    retries: int = Field(
-        3, ge=0, description="Further tries of a request after an infra failure before the next pause."
-    )
-    backoff_s: float = Field(
-        0.2, gt=0, description="First pause between tries, in seconds; doubles, with jitter, to 5 s."
-    )
+    groups: int = Field(default=8, ge=1, description="Groups read from the stream at a time.")
+    batch_items: int = Field(default=64, ge=1, description="Most items of one HTTP request.")
+    timeout_s: float = Field(default=30.0, gt=0, description="Deadline of one HTTP request, in seconds.")
+    retries: int = Field(default=3, ge=0, description="Further tries of a request after an infra failure.")
+    backoff_s: float = Field(default=0.2, gt=0, description="First pause between tries, s; doubles, with jitter, to 5.")
     outage_s: float = Field(
-        120.0, gt=0, description="Seconds without one success after which the run ends and says what did not answer."
+        default=120.0,
+        gt=0,
+        description="Seconds without one success after which the run ends and says what did not answer.",
     )
-    block_ms: int = Field(500, ge=1, description="How long one read of the stream waits, in milliseconds.")
+    block_ms: int = Field(default=500, ge=1, description="How long one read of the stream waits, in milliseconds.")
     min_idle_ms: int = Field(
-        300_000, ge=1000, description="Idle time after which another worker's entry is taken over; above outage_s."
+        default=300_000,
+        ge=1000,
+        description="Idle time after which another worker's entry is taken over; above outage_s.",
     )
-    infra_budget: int = Field(8, ge=0, description="Failures of kind infra that a group may have before it is failed.")
+    infra_budget: int = Field(
+        default=8, ge=0, description="Failures of kind infra that a group may have before it is failed."
+    )
     data_budget: int = Field(
-        1, ge=0, description="Failures of kind data before a group is failed; small, as the same data fails again."
+        default=1,
+        ge=0,
+        description="Failures of kind data before a group is failed; small, as the same data fails again.",
     )
 
     @model_validator(mode="after")
@@ -142,28 +156,43 @@ class RewardSection(Section):
         description="Sources by name; each has a kind. Default: the attention reward as the paper has it.",
     )
     allow_options: bool | None = Field(
-        None,
+        default=None,
         description="Whether attention_options of a request count. null: only where attention is the single source, as "
         "a run's score must be a function of its recipe.",
     )
-    host: str = Field("127.0.0.1", description="Address to bind. Any but loopback needs a token.")
-    port: int = Field(0, ge=0, le=65535, description="Port; 0: a free one (in runs). The command's default is 8077.")
-    token_env: str = Field("ATTUNE_REWARD_TOKEN", description="Environment variable that holds the bearer token.")
-    max_bytes: int = Field(16 * 2**20, ge=1024, description="Largest body, in bytes: 413 above. Bounds memory.")
-    max_items: int = Field(1024, ge=1, description="Most items of a request: 413 above.")
-    concurrency: int = Field(2, ge=1, description="Requests scored at once; numpy scoring is bound by the processor.")
-    max_requests: int = Field(
-        64, ge=1, description="Requests admitted at once, scored and waiting: 429 above. Bounds memory with max_bytes."
+    host: str = Field(default="127.0.0.1", description="Address to bind. Any but loopback needs a token.")
+    port: int = Field(
+        default=0, ge=0, le=65535, description="Port; 0: a free one (in runs). The command's default is 8077."
     )
-    retry_after_s: int = Field(1, ge=1, description="Retry-After of a 429, in seconds.")
-    body_timeout_s: float = Field(30.0, gt=0, description="Deadline for the arrival of a body, in seconds: 408 after.")
+    token_env: str = Field(
+        default="ATTUNE_REWARD_TOKEN", description="Environment variable that holds the bearer token."
+    )
+    max_bytes: int = Field(default=16 * 2**20, ge=1024, description="Largest body, in bytes: 413 above. Bounds memory.")
+    max_items: int = Field(default=1024, ge=1, description="Most items of a request: 413 above.")
+    concurrency: int = Field(
+        default=2, ge=1, description="Requests scored at once; numpy scoring is bound by the processor."
+    )
+    max_requests: int = Field(
+        default=64,
+        ge=1,
+        description="Requests admitted at once, scored and waiting: 429 above. Bounds memory with max_bytes.",
+    )
+    queue_timeout_s: float = Field(
+        default=10.0, gt=0, description="Longest wait of an admitted request for its turn, in seconds: 429 after."
+    )
+    retry_after_s: int = Field(default=1, ge=1, description="Retry-After of a 429, in seconds.")
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, description="Deadline for the arrival of a body, in seconds: 408 after."
+    )
     source_timeout_s: float = Field(
-        20.0, gt=0, description="Deadline of one source for one request, in seconds; its items then fail as infra."
+        default=20.0,
+        gt=0,
+        description="Deadline of one source for one request, in seconds; its items then fail as infra.",
     )
     ready_timeout_s: float = Field(
-        5.0, gt=0, description="Deadline of the built-in item that /readyz scores, in seconds."
+        default=5.0, gt=0, description="Deadline of the item that /readyz scores, in seconds."
     )
-    worker: WorkerSection = Field(WorkerSection(), description="The scoring worker of a run.")
+    worker: WorkerSection = Field(default=WorkerSection(), description="The scoring worker of a run.")
 
     def options_allowed(self) -> bool:
         """Whether `attention_options` of a request count."""
@@ -172,7 +201,7 @@ class RewardSection(Section):
         return [source.kind for source in self.sources.values()] == ["attention"]
 
     def recipe_revision(self) -> str:
-        """What scores depend on, as 16 hexadecimal digits: the resolved sources and whether requests may change them."""
+        """What scores depend on, as 16 hexadecimal digits: the resolved sources, and whether requests change them."""
         sources = {name: resolved_source(source) for name, source in self.sources.items()}
         return digest({"sources": sources, "allow_options": self.options_allowed()})
 

@@ -1,9 +1,9 @@
 """The interface of every source of score, and the symbolic ones: length, repetition, exact match.
 
-A scorer takes a batch and answers for each item, in order, with a component: a finite value or a failure with its code.
-A score is a function of the item and the scorer's revision: never of the batch (design, invariants 4 and 8). Scorers are
-asynchronous so that a model, a judge or another service fits behind the same interface; one that computes on the
-processor leaves the event loop to others.
+A scorer takes a batch and answers for each item, in order, with a component: a finite value or a failure with its
+code. A score is a function of the item and the scorer's revision: never of the batch (design, invariants 4 and 8).
+Scorers are asynchronous so that a model, a judge or another service fits behind the same interface; one that computes
+on the processor leaves the event loop to others.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class Scorer(Protocol):
         ...
 
 
-class ItemFailure(Exception):
+class ItemFailure(Exception):  # noqa: N818 - a failure is the word of the design
     """Raised by a function that scores one item, for a failure that concerns this item."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:

@@ -1,0 +1,80 @@
+"""Bounded admission: how many requests are held, how many are scored at once, and how large they may be.
+
+Invariant: at most `max_requests` bodies of at most `max_bytes` are in memory. A request beyond that is refused before
+its body is read, with Retry-After; every wait has a deadline (design, invariant 6).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.requests import ClientDisconnect, Request
+
+from reward_server.config import RewardSection
+from reward_server.metrics import Metrics
+from reward_server.problems import Refusal
+
+
+class Admission:
+    def __init__(self, section: RewardSection, metrics: Metrics) -> None:
+        self._section = section
+        self._metrics = metrics
+        self._admitted = 0
+        self._slots = asyncio.Semaphore(section.concurrency)
+
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[None]:
+        """A place among the requests that are held; refuses with 429 where all are taken."""
+        if self._admitted >= self._section.max_requests:
+            raise self._busy(f"{self._admitted} requests are held already")
+        self._admitted += 1
+        self._metrics.admitted.inc()
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+            self._metrics.admitted.dec()
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """A turn to be scored; refuses with 429 where none comes in time."""
+        try:
+            async with asyncio.timeout(self._section.queue_timeout_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise self._busy(f"no turn within {self._section.queue_timeout_s:g} s") from None
+        self._metrics.scoring.inc()
+        try:
+            yield
+        finally:
+            self._metrics.scoring.dec()
+            self._slots.release()
+
+    async def body(self, request: Request) -> bytes:
+        """The request's body; refuses with 413 where it is too large, 408 where it does not arrive in time."""
+        most = self._section.max_bytes
+        # A body of known length is refused unread; the connection is closed, as its rest would be taken for a request.
+        too_large = Refusal(413, "too_large", f"the body has more than {most} bytes", headers={"Connection": "close"})
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > most:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._section.body_timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            message = f"the body did not arrive within {self._section.body_timeout_s:g} s"
+            raise Refusal(408, "body_timeout", message, headers={"Connection": "close"}) from None
+        except ClientDisconnect:
+            raise Refusal(400, "disconnected", "the client went away before its body had arrived") from None
+        return b"".join(parts)
+
+    def _busy(self, why: str) -> Refusal:
+        return Refusal(
+            429, "overloaded", f"overloaded: {why}", headers={"Retry-After": str(self._section.retry_after_s)}
+        )
