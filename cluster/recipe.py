@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cluster.config import Config
+from reward_server.config import RewardSection
 from services.errors import UserError
 
 
@@ -108,3 +109,20 @@ def _describe(item: Any) -> str:
     value = item["input"]
     shown = "" if isinstance(value, Mapping) else f"value {value!r}: "
     return f"{key}: {shown}{item['msg']}" if key else f"{item['msg']}"
+
+
+def load_reward_section(path: Path, overrides: Sequence[str] = ()) -> RewardSection:
+    """The `reward` section of a recipe, which may be all that the recipe holds: the scoring service needs nothing else.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    tree = apply_overrides(read_yaml(path), overrides)
+    unknown = _unknown_keys(Config, tree, ())
+    if unknown:
+        raise UserError(f"{path}: " + "; ".join(unknown))
+    try:
+        return RewardSection.model_validate(tree.get("reward") or {})
+    except ValidationError as error:
+        described = "; ".join(_describe({**item, "loc": ("reward", *item["loc"])}) for item in error.errors())
+        raise UserError(f"{path}: {described}") from error

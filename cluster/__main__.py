@@ -1,0 +1,5 @@
+"""`python -m cluster` is `attune`."""
+
+from cluster.cli import main
+
+main()

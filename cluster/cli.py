@@ -1,0 +1,193 @@
+"""The command line. Exit codes: 0 done, 2 bad usage or configuration, 3 the cluster cannot hold the plan, 4 stopped by a
+signal with a valid last commit, 1 anything else. A user's mistake gets one message and no traceback.
+
+Heavy libraries are imported by the command that needs them, so that `attune --help` and the client stay light.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from services.errors import Deadline, PlanError, UserError
+
+app = typer.Typer(
+    name="attune",
+    help="Aligns language models by reinforcement learning from the policy's own attention, reward models and judges.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, for example learner.lr=2e-5.", show_default=False)]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file, as JSON.")]
+
+EXIT_STOPPED = 4
+
+
+def _console() -> Console:
+    return Console(stderr=False)
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory; by default runs/NAME of the recipe's file.")] = None,
+    resume: Annotated[str, typer.Option(help="auto | never | path of a committed checkpoint of this run.")] = "auto",
+) -> None:
+    """Trains a policy by a recipe, through the whole service."""
+    from cluster.driver import train as run_training
+    from cluster.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+    directory = run_dir or Path("runs") / recipe.stem
+    console = _console()
+    outcome = run_training(config, directory, resume=resume, console=console)
+    if outcome.stopped:
+        console.print(
+            f"Stopped by {outcome.stopped} after {outcome.steps} steps; the last commit holds {outcome.committed_steps}. "
+            f"Go on with: attune train {recipe} --run-dir {directory} --resume auto",
+            highlight=False,
+        )
+        raise typer.Exit(EXIT_STOPPED if outcome.has_commit else 1)
+    console.print(f"Done: {outcome.steps} steps in {outcome.seconds:.0f} s. The policy is in {directory / 'policy'}", highlight=False)
+
+
+@app.command()
+def quickstart(
+    run_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/quickstart"),
+    steps: Annotated[int | None, typer.Option(min=1, help="RL steps; by default the recipe's.")] = None,
+    engine: Annotated[str, typer.Option(help="transformers")] = "transformers",
+    family: Annotated[str, typer.Option(help="decoder | encoder-decoder")] = "decoder",
+) -> None:
+    """Builds a small policy from generated questions, fine-tunes it, trains it with the attention reward, evaluates it."""
+    from cluster.quickstart import quickstart as run_quickstart
+
+    code = run_quickstart(run_dir, steps=steps, engine=engine, family=family, console=_console())
+    raise typer.Exit(code)
+
+
+@app.command()
+def sft(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Where the fine-tuned model is written.")],
+    overrides: Overrides = None,
+) -> None:
+    """Fine-tunes the policy on the reference responses: cross-entropy on response tokens only."""
+    from cluster.fine_tuning import fine_tune
+    from cluster.recipe import load_recipe
+
+    console = _console()
+    result = fine_tune(load_recipe(recipe, overrides or []), out, console=console)
+    console.print(f"Done: validation loss {result.validation_loss:.4f}. The model is in {out}", highlight=False)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A committed checkpoint: RUN/checkpoints/step_N.")],
+    directory: Annotated[Path, typer.Argument(help="Where the model directory is written; must not exist.")],
+) -> None:
+    """Writes a committed checkpoint as a model directory: safetensors, configuration, tokenizer."""
+    from cluster.export import export_checkpoint
+
+    export_checkpoint(checkpoint, directory)
+    _console().print(f"The model is in {directory}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    model: Annotated[Path | None, typer.Option(help="Model directory in place of the recipe's policy.model.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Model to compare with, prompt by prompt.")] = None,
+    split: Annotated[str, typer.Option(help="validation | test")] = "test",
+    json_file: Json = None,
+) -> None:
+    """Metrics of a model on held-out prompts, with intervals; with a baseline, the paired comparison."""
+    from cluster.evaluation_command import evaluate_models
+    from cluster.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+    figures = evaluate_models(config, model=model, baseline=baseline, split=split, console=_console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+
+
+@app.command(name="reward-server")
+def reward_server(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8077,
+) -> None:
+    """The scoring service alone, without Ray."""
+    from cluster.recipe import load_reward_section
+    from reward_server.serve import run
+
+    run(load_reward_section(recipe, overrides or []), host=host, port=port)
+
+
+@app.command()
+def ledger(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """The account of every prompt of a run: how many in which state, and why what is not committed is not."""
+    from cluster.ledger_command import print_ledger
+
+    print_ledger(run_dir, _console())
+
+
+@app.command()
+def schema(out: Annotated[Path | None, typer.Option(help="File to write; by default standard output.")] = None) -> None:
+    """The JSON schema of recipes, for editors."""
+    from cluster.recipe import json_schema
+
+    text = json.dumps(json_schema(), indent=2)
+    if out is None:
+        typer.echo(text)
+    else:
+        out.write_text(text + "\n", encoding="utf-8")
+
+
+def run_command(arguments: list[str] | None = None) -> int:
+    """Runs a command line and returns its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    command: Any = typer.main.get_command(app)
+    try:
+        result = command.main(args=arguments, prog_name="attune", standalone_mode=False)
+    except PlanError as error:
+        return _complain(error, 3)
+    except UserError as error:
+        return _complain(error, 2)
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 1)
+    except Deadline as error:
+        return _complain(error, 1)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            return error.exit_code
+        from cluster.supervise import PartFailed
+
+        if isinstance(error, PartFailed):
+            return _complain(error, 1)
+        raise
+    return int(result or 0)
+
+
+def _complain(error: object, code: int) -> int:
+    sys.stderr.write(f"attune: {error}\n")
+    return code
+
+
+def main() -> None:
+    """The `attune` command."""
+    sys.exit(run_command())

@@ -1,0 +1,121 @@
+"""What a run already came to: which commit it goes on from, and the manifest of the next one.
+
+The committed manifest is the truth (invariant 1). It is cumulative, so that an older commit can be pruned: the group ids of
+every step it contains, the groups that failed and why, the best evaluation so far.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.config import Config
+from cluster.recipe import save_resolved
+from cluster.run_dir import RunDir
+from learner.commit import Commit, latest_committed, read_commit
+from services.errors import UserError
+from services.records import Failure
+
+FIXED = (
+    ("run", "seed"),
+    ("run", "groups_per_step"),
+    ("data",),
+    ("policy",),
+    ("rollout", "samples"),
+)
+"""What a resumed run may not change: lease order, batches and the meaning of what is committed hang on it."""
+
+
+@dataclass
+class History:
+    """The steps that are in the trained weights: committed ones, and those done since."""
+
+    run_id: str
+    incarnation: int
+    steps: dict[int, list[str]] = field(default_factory=dict)
+    failed: dict[str, Failure] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    committed_steps: int = 0
+
+    @property
+    def steps_done(self) -> int:
+        return len(self.steps)
+
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "schema_version": 1,
+            "run_id": self.run_id,
+            "incarnation": self.incarnation,
+            "step": self.steps_done,
+            "steps": {str(step): groups for step, groups in self.steps.items()},
+            "failed": {group: failure.model_dump(mode="json") for group, failure in self.failed.items()},
+            "best": self.best,
+        }
+
+
+def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> History:
+    """Decides what the run goes on from, and cuts the run directory back to it.
+
+    `resume` is `auto` (the newest valid commit, or the beginning), `never` (a new run in an empty directory), or the path of
+    a committed checkpoint of this run.
+
+    Raises:
+        UserError: `never` with a run there already, a checkpoint that is not one, or a recipe that this run cannot go on with.
+    """
+    exists = run.config.exists()
+    if resume == "never" and exists:
+        raise UserError(f"run directory {run.path}: holds a run already; --resume auto goes on with it, or choose another")
+    commit: Commit | None = None
+    if resume in ("auto", "never"):
+        latest = latest_committed(run.path)
+        commit = latest.commit
+        for problem in latest.problems:
+            run.event("checkpoint_refused", problem=problem)
+    else:
+        commit = read_commit(Path(resume))
+        if Path(resume).resolve().parent != run.checkpoints.resolve():
+            raise UserError(f"--resume {resume}: is no checkpoint of the run in {run.path}; give --run-dir too")
+    if exists:
+        _check_recipe(run, config)
+    history = History(run_id=run_id, incarnation=run.last_incarnation() + 1)
+    if commit is not None:
+        manifest = commit.manifest
+        history.run_id = manifest["run_id"]
+        history.steps = {int(step): list(groups) for step, groups in manifest["steps"].items()}
+        history.failed = {group: Failure.model_validate(failure) for group, failure in manifest["failed"].items()}
+        history.best = dict(manifest["best"])
+        history.checkpoint = commit.path
+        history.committed_steps = history.steps_done
+    run.cut_back(history.steps_done)
+    save_resolved(config, run.config)
+    return history
+
+
+def _check_recipe(run: RunDir, config: Config) -> None:
+    before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    now = config.model_dump(mode="json")
+    for path in FIXED:
+        old, new = _at(before, path), _at(now, path)
+        if old != new:
+            key = ".".join(path)
+            raise UserError(
+                f"{key}: the run in {run.path} was started with {old!r}, the recipe now says {new!r}; a resumed run cannot change "
+                "it: choose another run directory"
+            )
+    changed = sorted(_changed(before, now, ()))
+    if changed:
+        run.event("recipe_changed", keys=changed)
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _changed(before: Any, now: Any, path: tuple[str, ...]) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [key for name in {**before, **now} for key in _changed(before.get(name), now.get(name), (*path, str(name)))]
+    return [] if before == now else [".".join(path)]

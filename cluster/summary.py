@@ -1,0 +1,39 @@
+"""summary.json: what a run came to, from its own files."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.config import Config
+from cluster.run_dir import RunDir, read_jsonl, write_atomically
+
+WINDOW = 10
+"""Steps that the first and the last figures are means over: single steps are noisy."""
+
+
+def write_summary(
+    run: RunDir, config: Config, stopped: str | None, committed_steps: int, seconds: float, ledger: Mapping[str, int]
+) -> None:
+    rows = list(read_jsonl(run.metrics))
+    summary = {
+        "name": config.run.name,
+        "ended": "stopped" if stopped else "finished",
+        "signal": stopped,
+        "steps": len(rows),
+        "committed_steps": committed_steps,
+        "seconds_this_start": seconds,
+        "starts": sum(1 for event in read_jsonl(run.events) if event.get("event") == "start"),
+        "ledger": dict(ledger),
+        "first": _mean(rows[:WINDOW]),
+        "last": _mean(rows[-WINDOW:]),
+    }
+    write_atomically(run.summary, json.dumps(summary, indent=2) + "\n")
+
+
+def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+    keys = {key for row in rows for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+    result: dict[str, float] = {}
+    for key in sorted(keys):
+        values = [float(row[key]) for row in rows if isinstance(row.get(key), int | float)]
+        result[key] = sum(values) / len(values)
+    return result
