@@ -15,20 +15,26 @@ class KLSection(Section):
 
     place: Literal["none", "reward", "loss"] = Field(
         "none",
-        description="Where the KL to the reference stands: `reward` subtracts coef*k1 from the reward (Ziegler 2019; summed into R "
-        "where the advantage is one number a response), `loss` adds coef*k3 to the loss (GRPO, arXiv 2402.03300). "
-        "Default none: the paper has no KL term.",
+        description=(
+            "Where the KL to the reference stands: `reward` subtracts coef*k1 from the reward (Ziegler 2019; "
+            "summed into R where the advantage is one number a response), `loss` adds coef*k3 to the loss (GRPO, "
+            "arXiv 2402.03300). Default none: the paper has no KL term."
+        ),
     )
     coef: float = Field(
         0.05,
         ge=0,
-        description="Coefficient, reward units a nat; the first value where the controller is adaptive. 0.05: Stiennon 2020 and "
-        "TRL's PPO; 0.04 in GRPO.",
+        description=(
+            "Coefficient, reward units a nat; the first value where the controller is adaptive. 0.05: Stiennon "
+            "2020 and TRL's PPO; 0.04 in GRPO."
+        ),
     )
     controller: Literal["fixed", "adaptive"] = Field(
         "fixed",
-        description="`adaptive` moves the coefficient towards `target` after each step (Ziegler 2019, section 2.2). Default fixed: "
-        "one thing less that moves.",
+        description=(
+            "`adaptive` moves the coefficient towards `target` after each step (Ziegler 2019, section 2.2). "
+            "Default fixed: one thing less that moves."
+        ),
     )
     target: float = Field(
         6.0,
@@ -38,7 +44,7 @@ class KLSection(Section):
     horizon: int = Field(
         10_000,
         gt=0,
-        description="Adaptive: samples over which an error of 100 % would be worked off. 10,000: Ziegler 2019's published code.",
+        description=("Adaptive: the larger, the slower the coefficient moves, samples. 10,000: Ziegler 2019's code."),
     )
 
 
@@ -52,12 +58,18 @@ class LearnerSection(Section):
     )
     baseline: Literal["none", "batch_mean", "value"] = Field(
         "value",
-        description="Only with `policy_gradient`: A = R, R - mean of the batch, or R - V(x). Default: the paper's value baseline.",
+        description=(
+            "Only with `policy_gradient`: A = R, R - mean of the batch, or R - V(x). Default: the paper's value "
+            "baseline."
+        ),
     )
     advantage: Literal["paper", "gae", "rloo", "grpo"] = Field(
         "paper",
-        description="Only with `ppo`. `paper`: R - V_old(x), one for all tokens. `gae`: arXiv 1506.02438. `rloo`: minus the mean of "
-        "the group's other rewards (arXiv 2402.14740). `grpo`: (R - mean)/std in the group (arXiv 2402.03300).",
+        description=(
+            "Only with `ppo`. `paper`: R - V_old(x), one for all tokens. `gae`: arXiv 1506.02438. `rloo`: minus "
+            "the mean of the group's other rewards (arXiv 2402.14740). `grpo`: (R - mean)/std in the group (arXiv "
+            "2402.03300)."
+        ),
     )
     gamma: float = Field(
         1.0,
@@ -70,36 +82,52 @@ class LearnerSection(Section):
     )
     normalise_advantages: Literal["none", "batch", "group"] = Field(
         "none",
-        description="Subtract the mean and divide by the standard deviation of the tokens' advantages in the step's batch, or in each "
-        "group. Default none: the paper does not whiten.",
+        description=(
+            "Subtract the mean and divide by the standard deviation of the tokens' advantages in the step's "
+            "batch, or in each group. Default none: the paper does not whiten."
+        ),
     )
     standardise_rewards: Literal["none", "running"] = Field(
         "none",
-        description="`running`: rewards minus running mean, divided by running deviation, over all samples ever taken (invariant 8). "
-        "Default none: the paper's reward is used as it is.",
+        description=(
+            "`running`: rewards minus running mean, divided by running deviation, over all samples ever taken "
+            "(invariant 8). Default none: the paper's reward is used as it is."
+        ),
     )
     clip: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the ratio, on both sides. 0.2: the paper.")
     value_clip: float | None = Field(
         None,
         gt=0,
-        description="Clip range of V around V_old in the value loss, reward units. Default none: the paper has no such term.",
+        description=(
+            "Clip range of V around V_old in the value loss, reward units. Default none: the paper has no such term."
+        ),
     )
     value_coef: float = Field(
         0.5,
         ge=0,
-        description="Weight of the value loss (itself half a squared error). 0.5: arXiv 1707.06347's public implementations.",
+        description=(
+            "Weight of the value loss (itself half a squared error). 0.5: arXiv 1707.06347's public implementations."
+        ),
     )
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus, a nat. 0: the paper has none.")
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = Field(
         "token_mean",
-        description="Tokens to loss: mean over all tokens of the minibatch; mean over samples of the mean over tokens (GRPO); mean over "
-        "samples of the sum over tokens (the log-likelihood of the response, REINFORCE). Default: no length bias between samples.",
+        description=(
+            "Tokens to loss: mean over all tokens of the minibatch; mean over samples of the mean over tokens "
+            "(GRPO); mean over samples of the sum over tokens (the log-likelihood of the response, REINFORCE). "
+            "Default: no length bias between samples."
+        ),
     )
-    kl: KLSection = Field(KLSection(), description="KL to the frozen reference. Default: none, as in the paper.")
+    kl: KLSection = Field(
+        default_factory=lambda: KLSection.model_validate({}),
+        description="KL to the frozen reference. Default: none, as in the paper.",
+    )
     value_function: Literal["shared", "separate"] = Field(
         "shared",
-        description="`shared`: a small feed-forward head on the policy's trunk, the paper's. `separate`: a trunk of its own, started from "
-        "the policy's weights (twice the memory).",
+        description=(
+            "`shared`: a small feed-forward head on the policy's trunk, the paper's. `separate`: a trunk of its "
+            "own, started from the policy's weights (twice the memory)."
+        ),
     )
     value_hidden: int | None = Field(
         None, gt=0, description="Width of the value head's hidden layer, units. Default: the trunk's hidden size."
@@ -115,13 +143,16 @@ class LearnerSection(Section):
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay. 0: the paper uses plain Adam.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",
-        description="Learning rate after the warm-up, over the run's updates, down to 0 at its end. Default: the paper's.",
+        description="After the warm-up, over the run's updates, down to 0 at its end. constant: the paper's one rate.",
     )
     warmup: int = Field(0, ge=0, description="Optimiser updates of linear warm-up from 0. 0: the paper has none.")
     grad_clip: float = Field(
         1.0,
         ge=0,
-        description="Largest global gradient norm; 0 switches clipping off. 1: guards against a single bad batch (usual in RLHF).",
+        description=(
+            "Largest global gradient norm; 0 switches clipping off. 1: guards against a single bad batch (usual "
+            "in RLHF)."
+        ),
     )
 
     # Batches
@@ -134,13 +165,15 @@ class LearnerSection(Section):
     microbatch_tokens: int = Field(
         4096,
         ge=1,
-        description="Padded tokens of one forward on one rank (at least one sample is taken). Bounds activation memory.",
+        description="Padded tokens of one forward on one rank (at least one sample is taken). Bounds memory.",
     )
     logit_chunk: int = Field(
         512,
         ge=1,
-        description="Tokens whose logits exist at once; a chunk costs tokens x vocabulary x 4 bytes (512 x 128k: 256 MiB). "
-        "Recomputed in the backward pass.",
+        description=(
+            "Tokens whose logits exist at once; a chunk costs tokens x vocabulary x 4 bytes (512 x 128k: 256 "
+            "MiB). Recomputed in the backward pass."
+        ),
     )
 
     # Ranks
@@ -153,16 +186,23 @@ class LearnerSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Weights and activations in forward and backward; the optimiser's masters are always float32. "
-        "float32: exact on the CPU (invariant 5); bfloat16 for GPUs.",
+        description=(
+            "Weights and activations in forward and backward; the optimiser's masters are always float32. "
+            "float32: exact on the CPU (invariant 5); bfloat16 for GPUs."
+        ),
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="Recompute the trunk's layers in the backward pass: a third more time, far less memory. Off: small models.",
+        description=(
+            "Recompute the trunk's layers in the backward pass: a third more time, far less memory. Off: small models."
+        ),
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",
-        description="What ZeRO-3 keeps in host memory: nothing, the optimiser's state, or that and the parameters. None: fastest.",
+        description=(
+            "What ZeRO-3 keeps in host memory: nothing, the optimiser's state, or that and the parameters. None: "
+            "fastest."
+        ),
     )
 
     @property
@@ -186,7 +226,7 @@ class LearnerSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"learner.betas: each must be in [0, 1), got {self.betas}")
+            raise ValueError(f"betas: each must be in [0, 1), got {self.betas}")
         if self.objective == "ppo" and self.baseline != "value":
             raise ValueError(
                 f"learner.baseline: {self.baseline} is for objective: policy_gradient; with ppo set `advantage`"
@@ -196,5 +236,5 @@ class LearnerSection(Section):
                 f"learner.advantage: {self.advantage} is for objective: ppo; with policy_gradient set `baseline`"
             )
         if self.kl.controller == "adaptive" and (self.kl.place == "none" or self.kl.coef == 0):
-            raise ValueError("learner.kl.controller: adaptive needs kl.place: reward or loss, and kl.coef > 0")
+            raise ValueError("kl.controller: adaptive needs kl.place: reward or loss, and kl.coef > 0")
         return self

@@ -23,7 +23,7 @@ Family = Literal["decoder", "encoder-decoder"]
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token ids of one sample; `kept_ids`, one set a token, where truncated sampling is replayed (empty: all ids)."""
+    """The token ids of one sample; `kept_ids`: a set a token where truncated sampling is replayed (empty: all ids)."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]

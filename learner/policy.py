@@ -70,7 +70,7 @@ class HeadRule:
     """What a model does around its head: logits = cap(head(hidden * scale_in) * scale_out + bias).
 
     `softcap` c: cap(z) = c tanh(z / c) (Gemma 2, arXiv 2408.00118); `bias`: BART's buffer `final_logits_bias`;
-    `scale_in`: T5 with tied embeddings, d_model^-1/2; `scale_out`: Cohere's `logit_scale`, Granite's 1/`logits_scaling`.
+    `scale_in`: T5's d_model^-1/2 (not in T5 1.1); `scale_out`: Cohere's `logit_scale`, Granite's 1/`logits_scaling`.
     """
 
     scale_in: float = 1.0
@@ -80,7 +80,7 @@ class HeadRule:
 
 
 class ValueHead(nn.Module):
-    """A small feed-forward network: hidden state [..., d] -> value [...]. The last layer starts at 0, so V starts at 0."""
+    """A small feed-forward network, hidden state [..., d] -> value [...]. Its last layer starts at 0, so V does."""
 
     def __init__(self, size: int, width: int, seed: int) -> None:
         super().__init__()
