@@ -5,7 +5,7 @@ its body is read, with Retry-After; every wait has a deadline (design, invariant
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from starlette.requests import ClientDisconnect, Request
@@ -23,7 +23,7 @@ class Admission:
         self._slots = asyncio.Semaphore(section.concurrency)
 
     @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
+    async def admitted(self) -> AsyncGenerator[None]:
         """A place among the requests that are held; refuses with 429 where all are taken."""
         if self._admitted >= self._section.max_requests:
             raise self._busy(f"{self._admitted} requests are held already")
@@ -36,7 +36,7 @@ class Admission:
             self._metrics.admitted.dec()
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def turn(self) -> AsyncGenerator[None]:
         """A turn to be scored; refuses with 429 where none comes in time."""
         try:
             async with asyncio.timeout(self._section.queue_timeout_s):

@@ -77,13 +77,21 @@ def request_path(loc: Sequence[str | int], value: Any) -> Path:
     """
     path: list[str | int] = []
     for i, step in enumerate(loc):
-        if (isinstance(value, dict) and step in value) or (isinstance(value, list) and isinstance(step, int) and step < len(value)):
+        inside, next_value = _step_into(value, step)
+        if inside:
             path.append(step)
-            value = value[step]  # pyright: ignore[reportUnknownVariableType]
+            value = next_value
         elif step in (STATISTICS_TAG, ROWS_TAG):
             continue
-        elif isinstance(value, dict) and i == len(loc) - 1:
-            path.append(step)
         else:
+            if isinstance(value, dict) and i == len(loc) - 1:
+                path.append(step)
             break
     return tuple(path)
+
+
+def _step_into(value: Any, step: str | int) -> tuple[bool, Any]:
+    try:
+        return True, value[step]
+    except (KeyError, IndexError, TypeError):
+        return False, None

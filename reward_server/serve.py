@@ -1,0 +1,188 @@
+"""Launchers of the app: uvicorn in a thread of its own (`RewardServer`, for a Ray actor or a test), and in the
+foreground until a signal (`run`, the command `attune reward-server`). The app is the same.
+
+Invariant: without a token the service is bound to loopback only.
+"""
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from reward_server.app import create_app
+from reward_server.config import RewardSection
+from reward_server.scorers import Scorer
+from services.errors import Deadline, UserError
+
+log = logging.getLogger(__name__)
+
+START_S = 30.0
+STOP_S = 30.0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what is bound to `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def token_from_environment(section: RewardSection) -> str | None:
+    """The bearer token, or None where the variable `token_env` is not set. An empty one is a mistake."""
+    token = os.environ.get(section.token_env)
+    if token is not None and not token.strip():
+        raise UserError(f"{section.token_env} is empty: give it the bearer token, or unset it")
+    return None if token is None else token.strip()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 is a free one. Raises UserError where the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(f"reward.host: {host} is no address of this machine ({error.strerror})") from error
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"reward.port: port {port} on {host} is in use by another process; give a free one, or 0 for any"
+            ) from error
+        raise UserError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+    return listener
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    """Where a client on this machine, or on another where `host` is its address, finds the service."""
+    port = listener.getsockname()[1]
+    if host in ("0.0.0.0", "::", ""):  # noqa: S104 - compared, not bound
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class RewardServer:
+    """The service on a socket of its own, in a thread with its own event loop, so that its host's loop stays free.
+
+    A plain class: a run wraps it in a Ray actor. `section` is a `RewardSection` or its plain values.
+    """
+
+    def __init__(
+        self,
+        section: RewardSection | Mapping[str, Any],
+        *,
+        token: str | None,
+        host: str | None = None,
+        port: int | None = None,
+        scorers: Mapping[str, Scorer] | None = None,
+    ) -> None:
+        """`host` and `port` default to the section's. Raises UserError for an open address without a token."""
+        self.section = section if isinstance(section, RewardSection) else RewardSection.model_validate(section)
+        self._host = self.section.host if host is None else host
+        self._port = self.section.port if port is None else port
+        if token is None and not is_loopback(self._host):
+            raise UserError(
+                f"reward.host: {self._host} can be reached from other machines, which needs a token: "
+                f"set {self.section.token_env}, or bind to 127.0.0.1"
+            )
+        self._token = token
+        self._scorers = scorers
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+        self._url: str | None = None
+
+    @property
+    def url(self) -> str:
+        """`http://host:port`, once started."""
+        if self._url is None:
+            raise RuntimeError("the reward server has not been started")
+        return self._url
+
+    async def start(self) -> str:
+        """Binds, serves, and returns the URL. Raises UserError where the port is in use, Deadline where it hangs."""
+        if self._thread is not None:
+            raise RuntimeError("the reward server is running already")
+        listener = bind(self._host, self._port)
+        config = uvicorn.Config(
+            create_app(self.section, token=self._token, scorers=self._scorers),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=20,
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="reward-server", daemon=True)
+        self._server, self._thread = server, thread
+        thread.start()
+        deadline = time.monotonic() + START_S
+        while not server.started:
+            if not thread.is_alive():
+                self._thread = None
+                raise RuntimeError("the reward server ended while it was starting; its log says why")
+            if time.monotonic() > deadline:
+                raise Deadline(waited_for="the reward server to start", who="uvicorn", seconds=START_S)
+            await asyncio.sleep(0.005)
+        self._url = url_of(self._host, listener)
+        return self._url
+
+    async def stop(self) -> None:
+        """Takes no more requests, lets those under way finish, and ends. Does nothing where nothing runs."""
+        server, thread = self._server, self._thread
+        if server is None or thread is None:
+            return
+        server.should_exit = True
+        await asyncio.to_thread(thread.join, STOP_S)
+        if thread.is_alive():
+            raise Deadline(waited_for="the reward server to stop", who="uvicorn", seconds=STOP_S)
+        self._server, self._thread, self._url = None, None, None
+
+    def alive(self) -> bool:
+        """Whether the serving thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+
+def run(
+    section: RewardSection,
+    *,
+    host: str | None = None,
+    port: int = 8077,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serves in the foreground until SIGTERM or SIGINT, then drains. The token comes from the environment.
+
+    `say` gets the line that names the URL. Main thread only. Raises UserError.
+    """
+    token = token_from_environment(section)
+    server = RewardServer(section, token=token, host=host, port=port)
+    ended = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        url = asyncio.run(server.start())
+        guard = f"bearer token of {section.token_env}" if token else "no token: loopback only"
+        say(f"reward server on {url} ({', '.join(section.sources)}; {guard})")
+        while not ended.wait(0.5):
+            if not server.alive():
+                raise RuntimeError("the reward server's thread ended; its log says why")
+        asyncio.run(server.stop())
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
