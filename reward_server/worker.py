@@ -1,0 +1,284 @@
+"""The scoring worker: takes generated groups off the stream, has them scored over HTTP, writes them back.
+
+Invariants (design): a failure is never a number (2): a sample keeps its failure with its name, and a group with fewer
+than `min_ok` scored samples is failed in the ledger. Every wait has a deadline (6): a server that gives no usable answer
+for `outage_s` ends the run with `ScoringOutage`. The ledger's fencing decides which answer counts, so that a group that
+two workers score is written once (1).
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+from reward_server.client import RewardClient, RewardRefused, RewardUnavailable, pause_s
+from reward_server.config import WorkerSection
+from reward_server.schema import (
+    AttentionStatistics,
+    Component,
+    ErrorCode,
+    Item,
+    ItemError,
+    Message,
+    Result,
+    ServerInfo,
+    item_error,
+)
+from services.attention.reward import NO_SALIENT_TOKENS
+from services.records import Failure, Group, Sample, Score
+
+log = logging.getLogger(__name__)
+
+
+class ScoringOutage(Exception):  # noqa: N818 - the event, not an error of the worker
+    """The reward server has given no usable answer for too long. The message is for the user."""
+
+
+class ScoringRefused(Exception):  # noqa: N818
+    """The reward server refuses what the worker sends (its token, its version): no retry helps."""
+
+
+class ScoringLedger(Protocol):
+    """What the worker asks of the ledger: `services.stream.ledger.Ledger`."""
+
+    def read_generated(
+        self, consumer: str, count: int, block_ms: int, min_idle_ms: int
+    ) -> Sequence[tuple[str, Group]]: ...
+    def put_scored(self, entry_id: str, group: Group) -> bool: ...
+    def fail(self, group_id: str, attempt: int, failure: Failure, budget: int) -> str: ...
+
+
+class ScoringWorker:
+    """One reader of the stream. Several may run, in one process or many, each with a `consumer` name of its own."""
+
+    def __init__(
+        self, ledger: ScoringLedger, client: RewardClient, section: WorkerSection, min_ok: int, *, consumer: str
+    ) -> None:
+        """`min_ok`: the fewest scored samples a group needs (2; 1 where the advantage needs no group)."""
+        self._ledger = ledger
+        self._client = client
+        self._section = section
+        self._min_ok = min_ok
+        self._consumer = consumer
+        self._failing_since: float | None = None
+        self._stop = asyncio.Event()
+        self.counters: Counter[str] = Counter()
+        """groups_scored, groups_late, groups_failed, samples_ok, samples_failed, failed/CODE."""
+
+    async def run(self) -> None:
+        """Works until `stop`. Raises ScoringOutage or ScoringRefused: the groups at hand stay in the stream."""
+        while not self._stop.is_set():
+            await self.step()
+
+    def stop(self) -> None:
+        """Ends `run` soon, also out of a pause between tries; unscored groups stay in the stream."""
+        self._stop.set()
+
+    async def step(self) -> int:
+        """Reads once, scores and writes what came: the number of groups."""
+        section = self._section
+        entries = await asyncio.to_thread(
+            self._ledger.read_generated, self._consumer, section.groups, section.block_ms, section.min_idle_ms
+        )
+        if not entries:
+            return 0
+        items = [item for _, group in entries for item in group_items(group)]
+        try:
+            results = await self._score(items)
+        except _Stopped:
+            return 0
+        at = 0
+        for entry_id, group in entries:
+            own = results[at : at + len(group.samples)]
+            at += len(group.samples)
+            await asyncio.to_thread(self._write, entry_id, scored_group(group, own))
+        return len(entries)
+
+    def _write(self, entry_id: str, group: Group) -> None:
+        rewards = [sample.reward for sample in group.samples if sample.reward is not None]
+        errors = [reward.error for reward in rewards if reward.error is not None]
+        self.counters["samples_ok"] += len(rewards) - len(errors)
+        self.counters["samples_failed"] += len(errors)
+        self.counters.update(f"failed/{error.code}" for error in errors)
+        if len(rewards) - len(errors) >= self._min_ok:
+            accepted = self._ledger.put_scored(entry_id, group)
+            self.counters["groups_scored" if accepted else "groups_late"] += 1
+            return
+        failure = group_failure(errors, len(rewards), self._min_ok)
+        budget = self._section.infra_budget if failure.kind == "infra" else self._section.data_budget
+        state = self._ledger.fail(group.group_id, group.attempt, failure, budget)
+        self.counters["groups_failed"] += 1
+        log.warning("group %s is %s after scoring: %s", group.group_id, state, failure.message)
+
+    async def _score(self, items: Sequence[Item]) -> list[tuple[Result, ServerInfo | None]]:
+        size = self._section.batch_items
+        return [
+            result
+            for start in range(0, len(items), size)
+            for result in await self._score_batch(items[start : start + size])
+        ]
+
+    async def _score_batch(self, items: Sequence[Item]) -> list[tuple[Result, ServerInfo | None]]:
+        """Results of one request's items; those that failed as infra are asked for again, `retries` times."""
+        found: dict[int, tuple[Result, ServerInfo | None]] = {}
+        left = list(range(len(items)))
+        tries = 0
+        while left:
+            batch = [items[i] for i in left]
+            try:
+                answer = await self._client.score(batch)
+            except RewardUnavailable as failure:
+                self._note_failure(str(failure))
+                tries += 1
+                await self._pause(tries)
+                continue
+            except RewardRefused as refusal:
+                if refusal.status != 413:
+                    raise ScoringRefused(f"the reward server refuses the run's samples: {refusal}") from refusal
+                self._failing_since = None
+                for i, result in zip(left, await self._score_smaller(batch, str(refusal)), strict=True):
+                    found[i] = result
+                break
+            found.update((i, (result, answer.server)) for i, result in zip(left, answer.results, strict=True))
+            infra = [i for i in left if _is_infra(found[i][0])]
+            if len(infra) < len(left):
+                self._failing_since = None
+            else:
+                error = found[infra[0]][0].error
+                self._note_failure(f"{self._client.url}: {error.message if error else 'failed'}")
+            if tries >= self._section.retries:
+                break
+            left = infra
+            tries += 1
+            if left:
+                await self._pause(tries)
+        return [found[i] for i in range(len(items))]
+
+    async def _score_smaller(self, items: Sequence[Item], why: str) -> list[tuple[Result, ServerInfo | None]]:
+        """A request that is too large, in halves; an item that is too large alone fails."""
+        if len(items) == 1:
+            return [(failed_result(items[0].id, item_error(ErrorCode.TOO_LARGE, why)), None)]
+        middle = len(items) // 2
+        return [*await self._score_batch(items[:middle]), *await self._score_batch(items[middle:])]
+
+    def _note_failure(self, why: str) -> None:
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        failing_s = now - self._failing_since
+        log.warning("scoring failed, for %.0f s now: %s", failing_s, why)
+        if failing_s >= self._section.outage_s:
+            raise ScoringOutage(
+                f"the reward server at {self._client.url} has scored nothing for {failing_s:.0f} s "
+                f"(reward.worker.outage_s is {self._section.outage_s:g}); last: {why}"
+            )
+
+    async def _pause(self, tries: int) -> None:
+        """Waits between tries; leaves the worker's step where it is told to stop."""
+        try:
+            async with asyncio.timeout(pause_s(tries, self._section.backoff_s)):
+                await self._stop.wait()
+        except TimeoutError:
+            return
+        raise _Stopped
+
+
+class _Stopped(Exception):  # noqa: N818
+    """Leaves a step in which the worker was told to stop."""
+
+
+def _is_infra(result: Result) -> bool:
+    return result.error is not None and result.error.kind == "infra"
+
+
+def failed_result(item_id: str, error: ItemError) -> Result:
+    return Result(id=item_id, status="failed", reward=None, components={}, error=error)
+
+
+def group_items(group: Group) -> list[Item]:
+    """The samples of a group as the contract's items, in order; ids are sample ids."""
+    prompt = group.prompt
+    messages = prompt.messages
+    return [
+        Item(
+            id=sample.sample_id,
+            prompt=prompt.text,
+            messages=None if messages is None else tuple(Message(role=m.role, content=m.content) for m in messages),
+            response=sample.response,
+            response_ids=sample.response_ids,
+            eos_ids=group.eos_ids,
+            reference=prompt.reference,
+            facts=prompt.facts or None,
+            principles=prompt.principles or None,
+            attention=attention_body(sample),
+        )
+        for sample in group.samples
+    ]
+
+
+def attention_body(sample: Sample) -> AttentionStatistics | None:
+    """The statistics of a sample as the contract has them: never its dense map."""
+    attention = sample.attention
+    if attention is None:
+        return None
+    return AttentionStatistics(
+        mass=attention.mass,
+        salient_mass=attention.salient_mass,
+        neg_entropy_sum=attention.neg_entropy_sum,
+        peak=attention.peak,
+        salient_count=len(attention.salient),
+        content_count=len(attention.content),
+        flags=tuple(flag for flag in sample.flags if flag == NO_SALIENT_TOKENS),
+    )
+
+
+def scored_group(group: Group, results: Sequence[tuple[Result, ServerInfo | None]]) -> Group:
+    """The group with `scores`, `reward` and flags in each sample; the reward's detail has the recipe's revision."""
+    samples = tuple(
+        sample.model_copy(
+            update={
+                "scores": {name: score_of(component) for name, component in result.components.items()},
+                "reward": reward_of(result, server),
+                "flags": tuple(dict.fromkeys((*sample.flags, *result.flags))),
+            }
+        )
+        for sample, (result, server) in zip(group.samples, results, strict=True)
+    )
+    return group.model_copy(update={"samples": samples})
+
+
+def score_of(component: Component) -> Score:
+    return Score(
+        status=component.status,
+        value=component.value,
+        detail=dict(component.detail),
+        error=None if component.error is None else failure_of(component.error),
+    )
+
+
+def reward_of(result: Result, server: ServerInfo | None) -> Score:
+    return Score(
+        status=result.status,
+        value=result.reward,
+        detail={} if server is None else {"recipe_revision": server.recipe_revision},
+        error=None if result.error is None else failure_of(result.error),
+    )
+
+
+def failure_of(error: ItemError) -> Failure:
+    return Failure(kind=error.kind, code=error.code.value, message=error.message)
+
+
+def group_failure(errors: Sequence[Failure], samples: int, min_ok: int) -> Failure:
+    """Why a group fails: infra where scoring its infra failures again could save it, else the commonest data code."""
+    by_data = [error for error in errors if error.kind == "data"]
+    kind = "data" if samples - len(by_data) < min_ok else "infra"
+    told = by_data if kind == "data" and by_data else list(errors)
+    if not told:
+        return Failure(kind="data", code="too_few_samples", message=f"{samples} samples, at least {min_ok} are needed")
+    code = Counter(error.code for error in told).most_common(1)[0][0]
+    message = next(error.message for error in told if error.code == code)
+    ok = samples - len(errors)
+    return Failure(kind=kind, code=code, message=f"{ok} of {samples} samples scored, {min_ok} are needed: {message}")
