@@ -1,4 +1,5 @@
 import asyncio
+import io
 import json
 import math
 from dataclasses import replace
@@ -24,7 +25,7 @@ def run(engine, prompts, decode, settings=SETTINGS, **kwargs):
 
 
 def shown(table) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
 
