@@ -111,6 +111,7 @@ SourceSection = Annotated[
 class WorkerSection(Section):
     """The scoring worker: stream -> HTTP -> stream."""
 
+    workers: int = Field(default=1, ge=1, description="Scoring workers of a run, each a reader of the stream.")
     groups: int = Field(default=8, ge=1, description="Groups read from the stream at a time.")
     batch_items: int = Field(default=64, ge=1, description="Most items of one HTTP request.")
     timeout_s: float = Field(default=30.0, gt=0, description="Deadline of one HTTP request, in seconds.")

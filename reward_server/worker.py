@@ -1,9 +1,9 @@
 """The scoring worker: takes generated groups off the stream, has them scored over HTTP, writes them back.
 
 Invariants (design): a failure is never a number (2): a sample keeps its failure with its name, and a group with fewer
-than `min_ok` scored samples is failed in the ledger. Every wait has a deadline (6): a server that gives no usable answer
-for `outage_s` ends the run with `ScoringOutage`. The ledger's fencing decides which answer counts, so that a group that
-two workers score is written once (1).
+than `min_ok` scored samples is failed in the ledger. Every wait has a deadline (6): a server that gives no usable
+answer for `outage_s` ends the run with `ScoringOutage`. The ledger's fencing decides which answer counts, so that a
+group that two workers score is written once (1).
 """
 
 import asyncio
@@ -123,7 +123,7 @@ class ScoringWorker:
     async def _score_batch(self, items: Sequence[Item]) -> list[tuple[Result, ServerInfo | None]]:
         """Results of one request's items; those that failed as infra are asked for again, `retries` times."""
         found: dict[int, tuple[Result, ServerInfo | None]] = {}
-        left = list(range(len(items)))
+        left: list[int] = list(range(len(items)))
         tries = 0
         while left:
             batch = [items[i] for i in left]
@@ -142,7 +142,7 @@ class ScoringWorker:
                     found[i] = result
                 break
             found.update((i, (result, answer.server)) for i, result in zip(left, answer.results, strict=True))
-            infra = [i for i in left if _is_infra(found[i][0])]
+            infra: list[int] = [i for i in left if _is_infra(found[i][0])]
             if len(infra) < len(left):
                 self._failing_since = None
             else:
