@@ -47,7 +47,8 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Steps:
-    """How `groups` groups fall into steps: `full` steps of the asked size, then one of `last` groups where that is not 0."""
+    """How `groups` groups fall into steps: `full` steps of the asked size, then one of `last` groups where that is
+    not 0."""
 
     full: int
     last: int

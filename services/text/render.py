@@ -1,8 +1,8 @@
 """A prompt as the policy sees it: text, token ids, and exactly where the user's words stand in it.
 
-Chat templates are programs, so the place of a message in their output is found by rendering twice: once with the messages
-and once with marks in place of the users' contents. What lies between the marks is the template's own text, and the
-first rendering must be that text with the contents (trimmed, where the template trims) put in.
+Chat templates are programs, so the place of a message in their output is found by rendering twice: once with the
+messages and once with marks in place of the users' contents. What lies between the marks is the template's own
+text, and the first rendering must be that text with the contents (trimmed, where the template trims) put in.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,8 @@ class Renderer:
             return rendered
         if self.section.too_long == "fail":
             raise UserError(
-                f"prompt {prompt.prompt_id} of {prompt.source} has {len(rendered.ids)} tokens, allowed are {self.limit}: "
+                f"prompt {prompt.prompt_id} of {prompt.source} has {len(rendered.ids)} tokens, allowed are "
+                f"{self.limit}: "
                 "shorten it, set data.too_long: truncate, or leave more of the context (rollout.max_tokens)"
             )
         return self._truncate(messages, rendered, prompt)
@@ -76,7 +77,8 @@ class Renderer:
             messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
         if not self.templated and len(messages) > 1:
             raise UserError(
-                f"prompt {prompt.prompt_id} of {prompt.source} has {len(messages)} messages, and there is no chat template to "
+                f"prompt {prompt.prompt_id} of {prompt.source} has {len(messages)} messages, and there is no "
+                f"chat template to "
                 "render them with (data.template)"
             )
         if self.section.system is not None and all(message["role"] != "system" for message in messages):
@@ -141,7 +143,8 @@ class Renderer:
         spans = _match(text, pieces, messages)
         if spans is None:
             raise UserError(
-                f"data.template: the chat template rewrites the user's words of prompt {prompt_id}, so that they cannot be "
+                f"data.template: the chat template rewrites the user's words of prompt {prompt_id}, so that "
+                f"they cannot be "
                 "located in its output"
             )
         return spans
@@ -162,7 +165,8 @@ class Renderer:
             kept = content[inside[over] - start :].lstrip() if over < len(inside) else ""
             if not kept:
                 raise UserError(
-                    f"prompt {prompt.prompt_id} of {prompt.source} has {length} tokens, allowed are {limit}: without any of "
+                    f"prompt {prompt.prompt_id} of {prompt.source} has {length} tokens, allowed are {limit}: "
+                    f"without any of "
                     "its last user message it would still be too long"
                 )
             # A cut inside a word may give as many tokens as before; one character fewer then ensures an end.

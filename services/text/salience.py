@@ -1,7 +1,8 @@
 """Content and salient positions of a rendered prompt: S, I and w of the attention reward's specification.
 
-The unit is the lower-cased word: all of a chosen word's sub-tokens, at all positions where it stands, are salient. Where
-nothing is salient the sets say so (I is empty); what a score then does is the reward's own rule (services/attention).
+The unit is the lower-cased word: all of a chosen word's sub-tokens, at all positions where it stands, are salient.
+Where nothing is salient the sets say so (I is empty); what a score then does is the reward's own rule
+(services/attention).
 """
 
 import json
@@ -127,7 +128,8 @@ def _content_spans(rendered: Rendered, section: SalienceSection) -> tuple[Span, 
 def _offsets(rendered: Rendered, asked_by: str) -> tuple[Span, ...]:
     if rendered.offsets is None:
         raise UserError(
-            f"{asked_by} needs to know which characters a token stands for, and this tokenizer does not say (it is not a "
+            f"{asked_by} needs to know which characters a token stands for, and this tokenizer does not say (it "
+            f"is not a "
             "fast one); content: all with method: all works with any tokenizer"
         )
     return rendered.offsets
@@ -158,7 +160,8 @@ def _placed_words(rendered: Rendered, section: SalienceSection) -> list[tuple[st
 
 
 def _rarest(words: Sequence[tuple[str, tuple[int, ...]]], idf: Idf, k: int) -> frozenset[str]:
-    """The k different words of largest idf. A stable sort of the words in order of appearance: ties by first position."""
+    """The k different words of largest idf. A stable sort of the words in order of appearance: ties by first
+    position."""
     different = list(dict.fromkeys(word for word, _ in words))
     return frozenset(sorted(different, key=idf.weight, reverse=True)[:k])
 

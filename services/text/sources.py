@@ -57,7 +57,8 @@ def prompt_id_of(source: str, content: str) -> str:
 
 
 def source_name(source: str) -> str:
-    """What stands for the source in a prompt's id: a file's name without its directory, so that moving it changes nothing."""
+    """What stands for the source in a prompt's id: a file's name without its directory, so that moving it changes
+    nothing."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else source
 
@@ -92,7 +93,7 @@ def load_prompts(section: DataSection) -> Splits:
     if section.split == "hash":
         owned = set[SplitName]()
     # Held-out rows first: of two equal prompts the held-out one stays.
-    rank = {"test": 0, "validation": 1, "train": 2, None: 3}
+    rank: dict[SplitName | None, int] = {"test": 0, "validation": 1, "train": 2, None: 3}
     seen: dict[str, Prompt] = {}
     splits: dict[SplitName, list[tuple[int, Prompt]]] = {"train": [], "validation": [], "test": []}
     for place in sorted(range(len(placed)), key=lambda i: rank[placed[i][0]] if owned else 0):
@@ -102,7 +103,7 @@ def load_prompts(section: DataSection) -> Splits:
                 raise UserError(f"{rows[place].where}: the id in column {columns['id']!r} names another prompt already")
             continue
         seen[prompt.prompt_id] = prompt
-        target = own if owned else None
+        target: SplitName | None = own if owned else None
         if target in (None, "train"):
             validation = 0.0 if "validation" in owned else section.validation_fraction
             test = 0.0 if "test" in owned else section.test_fraction

