@@ -39,7 +39,7 @@ def parse_options(name: str, description: str, arguments: Sequence[str] | None =
 
 
 def machine() -> dict[str, Any]:
-    """What of this machine a figure depends on: cores that may be used, memory (GiB), processor, accelerators, versions."""
+    """What of this machine a figure depends on: usable cores, memory (GiB), processor, accelerators, versions."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
