@@ -12,19 +12,22 @@ export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 ARGS ?=
+FAMILY ?= decoder
+RUN_DIR ?= runs/quickstart$(if $(filter-out decoder,$(FAMILY)),-$(FAMILY))
 
-.PHONY: help setup quickstart test check format bench clean
+.PHONY: help setup quickstart test check format docs bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 	@echo
-	@echo '  ARGS="..." is passed on: make quickstart ARGS="--family encoder-decoder", make test ARGS="-k stream"'
+	@echo '  make quickstart FAMILY=encoder-decoder     the other family; RUN_DIR=... another place'
+	@echo '  ARGS="..." is passed on, e.g. make quickstart ARGS="--steps 5", make test ARGS="-k stream"'
 
 setup:  ## .venv with everything that requirements/cpu.lock names
 	@bash scripts/setup.sh
 
 quickstart: setup  ## data -> small policy -> fine-tuning -> RL -> evaluation, on this machine
-	$(BIN)/attune quickstart $(ARGS)
+	$(BIN)/attune quickstart --family $(FAMILY) --run-dir $(RUN_DIR) $(ARGS)
 
 test: setup  ## the test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -38,6 +41,9 @@ check: setup  ## style, types, and who may import whom
 format: setup  ## write the style that `make check` asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup  ## docs/configuration-reference.md from the sections' own descriptions
+	$(BIN)/python scripts/configuration_reference.py
 
 bench: setup  ## every benchmark, quick; the whole of one: python -m benchmarks.NAME
 	@names=$$(find benchmarks -maxdepth 1 -name '[a-z]*.py' ! -name common.py -printf '%f\n' | sed 's/\.py$$//' | sort); \

@@ -1,0 +1,119 @@
+"""Writes docs/configuration-reference.md, every key of a recipe from its own description; `--check` compares it."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.recipe import json_schema
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "configuration-reference.md"
+HEAD = """# Every key of a recipe
+
+Written by `make docs` from the descriptions in the code; do not edit. How recipes work:
+[configuration.md](configuration.md).
+"""
+
+
+def page() -> str:
+    schema = json_schema()
+    definitions: dict[str, Any] = schema.get("$defs", {})
+    parts = [HEAD]
+    for name, field in schema["properties"].items():
+        parts.append(f"\n## {name}\n\n{_sentence(field.get('description', ''))}\n")
+        rows = list(_rows(_resolve(field, definitions), definitions, name))
+        parts.append("\n| key | values | default | what for |\n|---|---|---|---|\n")
+        parts.extend(f"| `{key}` | {values} | {default} | {text} |\n" for key, values, default, text in rows)
+    return "".join(parts)
+
+
+def _rows(section: dict[str, Any], definitions: dict[str, Any], path: str) -> Iterator[tuple[str, str, str, str]]:
+    required = set(section.get("required", ()))
+    for name, field in section.get("properties", {}).items():
+        key = f"{path}.{name}"
+        inner = _resolve(field, definitions)
+        text = _cell(_sentence(field.get("description", inner.get("description", ""))))
+        if "properties" in inner:
+            yield from _rows(inner, definitions, key)
+            continue
+        members = _members(field, definitions)
+        default = (
+            "required" if name in required else "" if members else _value(field.get("default"), "default" in field)
+        )
+        yield key, _cell(_type(field, definitions)), default, text
+        for member in members:
+            kind = member["properties"]["kind"].get("const", member.get("title", ""))
+            yield from _rows(member, definitions, f"{key}.NAME ({kind})")
+
+
+def _members(field: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections that the values of a mapping may be: `reward.sources` has one for each kind."""
+    patterns = field.get("patternProperties")
+    values = next(iter(patterns.values())) if patterns else field.get("additionalProperties")
+    if not isinstance(values, dict):
+        return []
+    choices = values.get("oneOf", [values])
+    return [inner for choice in choices if "kind" in (inner := _resolve(choice, definitions)).get("properties", {})]
+
+
+def _resolve(field: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    reference = field.get("$ref")
+    return definitions[reference.rsplit("/", 1)[1]] if reference else field
+
+
+def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
+    field = _resolve(field, definitions)
+    if "anyOf" in field:
+        return " or ".join(_type(choice, definitions) for choice in field["anyOf"])
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if field.get("type") == "array":
+        inner = field.get("items") or (field.get("prefixItems") or [{}])[0]
+        return f"list of {_type(inner, definitions)}"
+    bounds = [
+        f"{sign} {field[key]:g}"
+        for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
+        if key in field
+    ]
+    return " ".join(
+        [{"object": "mapping"}.get(field.get("type", ""), field.get("type", "any")), ", ".join(bounds)]
+    ).strip()
+
+
+def _value(value: Any, given: bool) -> str:
+    if not given:
+        return ""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"`{value}`" if value != [] and value != {} else "none"
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 where the page is not what would be written")
+    text = page()
+    if parser.parse_args().check:
+        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
+            return 0
+        print(f"{PAGE.relative_to(ROOT)} is not what the sections say: run `make docs`", file=sys.stderr)
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
