@@ -1,0 +1,129 @@
+"""The learner's part of a checkpoint, and the policy out of one.
+
+    engine/        DeepSpeed's: weights, value function, optimiser state, a file a rank
+    learner.json   what else a step leaves to the next: running standardiser, KL controller, count of updates
+    model/         configuration and tokenizer, so that a checkpoint alone is enough to export the policy
+
+There is no random state to keep: nothing is drawn in a forward pass (dropout is off), and everything that is drawn
+elsewhere is seeded by the run's seed and the step. `learner.commit` makes a checkpoint of the directory.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner.engine import Engine
+from learner.ppo import TrainerState
+from learner.publish import BUCKET_BYTES, ShardWriter, buckets_of, published_tensors, save_model_files
+from services.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """What learner.json holds. `names` are the tensors that the policy is published as."""
+
+    updates: int
+    world_size: int
+    dtype: str
+    names: tuple[str, ...]
+    trainer: TrainerState
+
+
+def save_checkpoint(engine: Engine, trainer: TrainerState, tokenizer: Any, directory: str | Path) -> None:
+    """Writes the learner's part into `directory`. Collective; the driver commits it when every rank has returned."""
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    engine.save(str(path))
+    if engine.rank != 0:
+        return
+    names = list(published_tensors(engine.lm))
+    state = {
+        "schema_version": SCHEMA_VERSION,
+        "updates": engine.updates_done,
+        "world_size": engine.world_size,
+        "dtype": engine.section.dtype,
+        "names": names,
+        "trainer": trainer.to_dict(),
+    }
+    (path / "learner.json").write_text(json.dumps(state, indent=1))
+    (path / "model").mkdir(exist_ok=True)
+    save_model_files(engine.lm, tokenizer, path / "model")
+
+
+def load_checkpoint(engine: Engine, directory: str | Path) -> TrainerState:
+    """Restores the engine and returns the rest of the state: training goes on bit for bit. Collective.
+
+    Raises:
+        UserError: it holds no learner state, or was written by another number of ranks or in another dtype.
+    """
+    state = read_state(directory)
+    for key, own, saved in (
+        ("ranks", engine.world_size, state.world_size),
+        ("dtype", engine.section.dtype, state.dtype),
+    ):
+        if own != saved:
+            raise UserError(
+                f"learner.{key} is {own}, but {directory} was written with {saved}; "
+                f"resume with learner.{key}={saved}, or export the checkpoint and start a new run from it"
+            )
+    engine.load(str(directory), updates_done=state.updates)
+    return state.trainer
+
+
+def read_state(directory: str | Path) -> LearnerState:
+    """learner.json of a checkpoint. UserError: it is missing or of another version."""
+    path = Path(directory) / "learner.json"
+    if not path.is_file():
+        raise UserError(f"{directory} is not a learner's checkpoint: learner.json is missing")
+    state = json.loads(path.read_text())
+    if state.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema_version is {state.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
+        )
+    return LearnerState(
+        updates=state["updates"],
+        world_size=state["world_size"],
+        dtype=state["dtype"],
+        names=tuple(state["names"]),
+        trainer=TrainerState.from_dict(state["trainer"]),
+    )
+
+
+def export_policy(checkpoint: str | Path, directory: str | Path, bucket_bytes: int = BUCKET_BYTES) -> None:
+    """Writes the policy of a checkpoint as a Hugging Face model directory, in one process and without ranks.
+
+    Takes the memory of the whole model in float32. Call it on what `learner.commit.read_commit` has verified.
+    """
+    import shutil
+
+    source, target = Path(checkpoint), Path(directory)
+    state = read_state(source)
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source / "model", target, dirs_exist_ok=True)
+    tensors = _policy_tensors(source, state)
+    buckets = buckets_of([(name, t.numel() * t.element_size()) for name, t in tensors.items()], bucket_bytes)
+    shards = ShardWriter(target, len(buckets))
+    for names in buckets:
+        shards.write({name: tensors[name] for name in names})
+    shards.finish()
+
+
+def _policy_tensors(checkpoint: Path, state: LearnerState) -> dict[str, Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    merged: Any = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
+    dtype = getattr(torch, state.dtype)
+    return dict(_named(merged, state.names, dtype))
+
+
+def _named(merged: Mapping[str, Tensor], names: tuple[str, ...], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        tensor = merged[f"lm.{name}"]
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor

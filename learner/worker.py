@@ -1,0 +1,212 @@
+"""One rank of the learner. The driver runs one of these in an actor a rank and calls all of them alike.
+
+Every method but `address` is collective: it returns when all ranks have called it. Batches arrive as group ids; each
+rank fetches the groups itself, so that what is computed over the whole batch is the same on all of them.
+"""
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.checkpoint_config import CheckpointSection
+from learner.config import LearnerSection
+from learner.engine import Engine, Reference
+from learner.policy import PolicyWithValue, verify_head
+from learner.ppo import Rules, TrainerState, train_step
+from learner.publish import export, publish
+from learner.sft import EpochReport, Pair, fine_tune, updates_of
+from learner.sft_config import SftSection
+from learner.zero import device_of, join_ranks
+from services.models import DTYPES, decoder_start_of, load_policy_model, load_tokenizer
+from services.models_config import PolicySection
+from services.records import Group, PolicyVersion
+
+
+class LearnerWorker:
+    """`config` is the whole resolved recipe as a dict; `rank` of `world_size`."""
+
+    def __init__(self, config: dict[str, Any], rank: int, world_size: int, run_dir: str) -> None:
+        self.section = LearnerSection.model_validate(config["learner"])
+        self.policy_section = PolicySection.model_validate(config["policy"])
+        self.checkpoint = CheckpointSection.model_validate(config.get("checkpoint", {}))
+        self.rank = rank
+        self.world_size = world_size
+        self.run_dir = Path(run_dir)
+        self._run: Mapping[str, Any] = config.get("run", {})
+        self._rollout: Mapping[str, Any] = config.get("rollout", {})
+        self._cluster: Mapping[str, Any] = config.get("cluster", {})
+        self._stream: Mapping[str, Any] = config.get("stream", {})
+        self._engine: Engine | None = None
+        self._reference: Reference | None = None
+        self._client: tuple[str, Any] | None = None
+        self.trainer = TrainerState.start(self.section)
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 will wait for the others: this host, and a port that is free now."""
+        host = self._host()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, probe.getsockname()[1]
+
+    def setup(
+        self, master_addr: str, master_port: int, resume: str | None = None, total_steps: int | None = None
+    ) -> dict[str, Any]:
+        """Joins the ranks and loads the policy, or what the committed checkpoint `resume` holds.
+
+        `total_steps` of the run is for learning-rate schedules. Returns what rank 0 may want to log.
+        """
+        self._join(master_addr, master_port)
+        value = self.section.value_function if self.section.needs_values else "none"
+        policy = self._policy(value)
+        verify_head(policy)
+        per_step = self.section.epochs * self.section.minibatches
+        updates = None if total_steps is None else total_steps * per_step
+        self._engine = Engine(policy, self.section, updates=updates, device=self._device)
+        # Always from the model that the recipe names, so that a resumed run measures its KL from the same place.
+        self._reference = Reference(self._policy("none"), self.section, device=self._device)
+        if resume is not None:
+            self.trainer = load_checkpoint(self._engine, resume)
+        return {
+            "parameters": sum(int(getattr(p, "ds_numel", p.numel())) for p in policy.lm.parameters()),
+            "device": self._device,
+            "family": self._engine.family,
+            "updates_done": self._engine.updates_done,
+        }
+
+    def train_step(self, step: int, group_ids: Sequence[str], stream_url: str, run_id: str) -> dict[str, Any]:
+        """Trains on these groups, in this order. Returns `metrics`, and `samples`: figures for the log by sample id.
+
+        Raises:
+            NonFinite: names the step; what was committed is untouched.
+        """
+        return self.train_on(step, self._fetch(group_ids, stream_url, run_id))
+
+    def train_on(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
+        """`train_step` with the groups at hand."""
+        assert self._reference is not None
+        result = train_step(self.engine, self._reference, groups, step, self._rules(), self.trainer)
+        self.trainer = result.state
+        return {"metrics": result.metrics, "samples": result.samples}
+
+    def publish(self, version: tuple[int, int], directory: str) -> str:
+        """Writes the policy's weights for the rollout engines; the path of their manifest."""
+        return publish(self.engine, PolicyVersion(*version), directory)
+
+    def save_checkpoint(self, directory: str) -> None:
+        """Writes the learner's part of a checkpoint; `learner.commit.commit_checkpoint` makes it one."""
+        save_checkpoint(self.engine, self.trainer, load_tokenizer(self.policy_section), directory)
+
+    def export(self, directory: str) -> None:
+        """Writes the policy as a Hugging Face model directory."""
+        export(self.engine, load_tokenizer(self.policy_section), directory)
+
+    def sft(
+        self,
+        master_addr: str,
+        master_port: int,
+        section: dict[str, Any],
+        train: Sequence[Pair],
+        validation: Sequence[Pair],
+        directory: str,
+        on_epoch: Callable[[EpochReport], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Fine-tunes the policy on pairs of token ids and writes it to `directory`; a report an epoch.
+
+        In place of `setup`: a worker that fine-tunes does nothing else. `section` is an `SftSection` as a dict.
+        """
+        self._join(master_addr, master_port)
+        settings = SftSection.model_validate(section)
+        updates = updates_of(len(train), settings)
+        policy = self._policy("none")
+        verify_head(policy)
+        self._engine = Engine(policy, settings.learner(self.section, updates), updates=updates, device=self._device)
+        reports = fine_tune(
+            self._engine,
+            train,
+            validation,
+            settings,
+            seed=self._seed,
+            pad_id=self._pad_id,
+            decoder_start_id=self._decoder_start_id,
+            on_epoch=on_epoch,
+        )
+        export(self._engine, load_tokenizer(self.policy_section), directory)
+        return [asdict(report) for report in reports]
+
+    def close(self) -> None:
+        """Leaves the process group. Not needed before a process ends."""
+        self._engine = self._reference = None
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("setup was not called")
+        return self._engine
+
+    @property
+    def _seed(self) -> int:
+        return int(self._run.get("seed", 0))
+
+    def _join(self, address: str, port: int) -> None:
+        torch.set_num_threads(self.section.threads)
+        torch.manual_seed(self._seed)
+        self._device = device_of(self.section)
+        # A collective may wait for a rank that loads a model or writes a checkpoint.
+        timeout = max(float(self._cluster.get("start_s", 300.0)), self.checkpoint.timeout_s)
+        join_ranks(
+            rank=self.rank,
+            world_size=self.world_size,
+            address=address,
+            port=port,
+            device=self._device,
+            timeout_s=timeout,
+        )
+
+    def _policy(self, value: Any) -> PolicyWithValue:
+        dtype = DTYPES[self.section.dtype]
+        lm = load_policy_model(self.policy_section, dtype=dtype)
+        trunk = load_policy_model(self.policy_section, dtype=dtype) if value == "separate" else None
+        policy = PolicyWithValue(
+            lm, value=value, value_hidden=self.section.value_hidden, value_lm=trunk, seed=self._seed
+        )
+        self._decoder_start_id = decoder_start_of(lm) if policy.encoder_decoder else None
+        pad = lm.config.pad_token_id
+        self._pad_id = int(pad) if isinstance(pad, int) else 0  # masked everywhere: any id does
+        return policy
+
+    def _rules(self) -> Rules:
+        return Rules(
+            seed=self._seed,
+            temperature=float(self._rollout.get("temperature", 1.0)),
+            replay=self._rollout.get("truncation", "none") == "replay",
+            finish_length=self._rollout.get("finish_length", "bootstrap"),
+            pad_id=self._pad_id,
+            decoder_start_id=self._decoder_start_id,
+        )
+
+    def _fetch(self, group_ids: Sequence[str], url: str, run_id: str) -> list[Group]:
+        from services.stream.ledger import Ledger
+
+        from services.stream.connect import connect
+
+        if self._client is None or self._client[0] != url:
+            self._client = (url, connect(url, float(self._stream.get("connect_timeout_s", 10.0))))
+        return Ledger(self._client[1], run_id).fetch(list(group_ids))
+
+    def _host(self) -> str:
+        """The address that other nodes reach this one by; loopback where the ranks are all here."""
+        try:
+            import ray
+
+            if ray.is_initialized():
+                return ray.util.get_node_ip_address()
+        except ImportError:
+            pass
+        return "127.0.0.1"
