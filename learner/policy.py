@@ -13,13 +13,15 @@ Held here (design, "The learner's model"; invariant 7):
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from services.errors import UserError
+from services.models import decoder_start_of
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,7 @@ def probe_of(policy: PolicyWithValue) -> ModelInput:
         ones[1, 5:] = 0
         return ModelInput(ids, ones, None, rows, response, mask)
     rows = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]])
-    start = torch.full((2, 1), int(_config(policy.lm).decoder_start_token_id))
+    start = torch.full((2, 1), decoder_start_of(cast(PreTrainedModel, policy.lm)))
     response = ids[:, 2:5]
     ones[1, 5:] = 0
     mask = torch.tensor([[True, True, True], [True, True, False]])
