@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rollout.engine import Family
 from rollout.policy_runner import Runner, pad_prompts
-from services.attention.capture import CAPTURE, listing_calls
+from services.attention.capture import CAPTURE, listing_calls, use_attention
 from services.attention.config import CapturedLayers
 from services.errors import UserError
 
@@ -67,7 +67,7 @@ def verify_capture(runner: Runner, captured: CapturedLayers) -> None:
     follow = [prompt[1] for prompt in prompts]
     _, second = runner.step(running, torch.tensor(follow, device=model.device))
     offsets = pad_prompts(prompts, runner.padding_side, model.device).offsets
-    model.set_attn_implementation("eager")
+    use_attention(model, "eager")
     try:
         for row, prompt in enumerate(prompts):
             reference = eager_rows(runner, prompt, [follow[row], 0], captured)
@@ -79,7 +79,7 @@ def verify_capture(runner: Runner, captured: CapturedLayers) -> None:
             if not error <= _BOUNDS.get(model.dtype, 5e-2):
                 raise _refused(model, f"captured rows differ from its own attention by {error:.1e}")
     finally:
-        model.set_attn_implementation(CAPTURE)
+        use_attention(model, CAPTURE)
 
 
 def eager_rows(runner: Runner, prompt: Sequence[int], response: Sequence[int], captured: CapturedLayers) -> Tensor:
@@ -115,13 +115,13 @@ def _probe_prompts(model: PreTrainedModel) -> list[list[int]]:
 
 
 def _decoder_layers(model: PreTrainedModel, family: Family) -> int:
-    config = model.config.get_text_config(decoder=True)
+    config = model.config
     if family == "encoder-decoder":
         for name in ("num_decoder_layers", "decoder_layers"):
             count = getattr(config, name, None)
             if isinstance(count, int):
                 return count
-    return int(config.num_hidden_layers)
+    return int(config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def _refused(model: PreTrainedModel, why: str) -> UserError:

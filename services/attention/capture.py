@@ -16,7 +16,7 @@ import torch
 import transformers.integrations.sdpa_attention as sdpa
 import transformers.masking_utils as masking
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from services.attention.config import CapturedLayers
 
@@ -89,6 +89,17 @@ def register() -> None:
     """Makes `CAPTURE` an attention implementation of transformers; again is harmless."""
     _attentions.register(CAPTURE, _attention)
     _masks.register(CAPTURE, _sdpa_mask)
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Switches every part of a model to an attention implementation ("eager", `CAPTURE`, ...).
+
+    `PreTrainedModel.set_attn_implementation` passes over parts that hold a copy of the configuration, as T5's do.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config._attn_implementation_internal = name  # pyright: ignore[reportPrivateUsage]
 
 
 @contextmanager

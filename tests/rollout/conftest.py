@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from transformers import (
 )
 
 VOCABULARY = 61
-ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-small = {"vocab_size": VOCABULARY, **ids}
+ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+small: dict[str, Any] = {"vocab_size": VOCABULARY, **ids}
 
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(

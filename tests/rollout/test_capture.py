@@ -50,7 +50,7 @@ class Reference:
             out = self.model(input_ids=torch.tensor([[*prompt, *response[:-1]]]), output_attentions=True)
             start = len(prompt) - 1
             attentions, logits = out.attentions, out.logits[0, start:]
-        total = 0
+        total = torch.zeros(())
         for layer, weights in zip(self.captured.layers, self.captured.weights, strict=True):
             heads = attentions[layer][0, :, start:, : len(prompt)].double()
             total = total + torch.einsum("h,htj->tj", torch.tensor(weights, dtype=torch.float64), heads)
