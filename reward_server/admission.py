@@ -53,8 +53,9 @@ class Admission:
     async def body(self, request: Request) -> bytes:
         """The request's body; refuses with 413 where it is too large, 408 where it does not arrive in time."""
         most = self._section.max_bytes
-        # A body of known length is refused unread; the connection is closed, as its rest would be taken for a request.
-        too_large = Refusal(413, "too_large", f"the body has more than {most} bytes", headers={"Connection": "close"})
+        # Refused without keeping what follows: the transport reads past it, as a client that is cut off while it still
+        # sends would see a lost connection, and try again, in place of the refusal.
+        too_large = Refusal(413, "too_large", f"the body has more than {most} bytes")
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > most:
             raise too_large

@@ -82,6 +82,37 @@ def test_a_port_in_use_is_named() -> None:
             asyncio.run(RewardServer(RewardSection(port=port), token="t").start())
 
 
+def test_a_refusal_reaches_a_client_that_still_sends() -> None:
+    async def go() -> None:
+        server = RewardServer(RewardSection(max_bytes=2**16, max_requests=1), token="t")
+        url = await server.start()
+        big = [Item(id="a", response="x" * 8 * 2**20)]
+        for token, status in (("t", 413), ("wrong", 401)):
+            async with RewardClient(url, token, retries=0) as client:
+                for _ in range(5):
+                    with pytest.raises(RewardRefused) as refusal:
+                        await client.score(big)
+                    assert refusal.value.status == status
+        await server.stop()
+
+    asyncio.run(go())
+
+
+def test_a_body_that_never_arrives_is_408_and_its_place_is_free_again() -> None:
+    async def go() -> None:
+        server = RewardServer(RewardSection(body_timeout_s=0.2, max_requests=1), token="t")
+        url = await server.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(b"POST /v1/rewards HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\nContent-Length: 10\r\n\r\n{")
+        assert b" 408 " in await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+        async with RewardClient(url, "t", retries=0) as client:
+            assert (await client.score([])).results == ()
+        await server.stop()
+
+    asyncio.run(go())
+
+
 def test_an_address_that_is_not_ours_is_named() -> None:
     with pytest.raises(UserError, match=r"192\.0\.2\.1"):
         bind("192.0.2.1", 0)
