@@ -86,7 +86,9 @@ def load_prompts(section: DataSection) -> Splits:
     if not rows:
         raise UserError(f"data.source: {section.source} has no rows")
     columns = _resolve_columns(section, _names_in(rows))
-    placed = [(_own_split(row, columns), _to_prompt(row, columns, name)) for row in rows]
+    placed: list[tuple[SplitName | None, Prompt]] = [
+        (_own_split(row, columns), _to_prompt(row, columns, name)) for row in rows
+    ]
     owned = {split for split, _ in placed if split is not None}
     if section.split == "own" and "train" not in owned:
         raise UserError(f"data.split: own, but {section.source} has no training split of its own")

@@ -59,14 +59,10 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    trimmed = library.processors.ByteLevel(trim_offsets=True)
     if family == "encoder-decoder":
-        end = library.processors.TemplateProcessing(
+        tokenizer.post_processor = library.processors.TemplateProcessing(
             single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, SPECIAL_TOKENS.index(EOS))]
         )
-        tokenizer.post_processor = library.processors.Sequence([trimmed, end])
-    else:
-        tokenizer.post_processor = trimmed
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

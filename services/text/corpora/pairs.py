@@ -66,9 +66,17 @@ def choose(pools: Mapping[str, Sequence[Pair]], shares: Mapping[str, int], n: in
 def hold_out(pairs: Sequence[Pair], validation: float, test: float, seed: int) -> list[Pair]:
     """The same pairs in the same order with `split` set; the held-out parts have exactly round(fraction * n) pairs.
 
-    Whole combinations are held out, and only those whose facts are all met SEEN_AT_LEAST times in what is left. Raises
-    ValueError where there are too few such combinations.
+    Whole combinations are held out, and only those whose facts are all met in what is left: SEEN_AT_LEAST times, or as
+    often as a corpus of few pairs allows. Raises ValueError where no choice of whole combinations has the asked size.
     """
+    for least in range(SEEN_AT_LEAST, -1, -1):
+        splits = _held_out_places(pairs, validation, test, seed, least)
+        if splits is not None:
+            return [replace(pair, split=split) for pair, split in zip(pairs, splits, strict=True)]
+    raise ValueError(f"{len(pairs)} pairs cannot be split into {validation} validation and {test} test")
+
+
+def _held_out_places(pairs: Sequence[Pair], validation: float, test: float, seed: int, least: int) -> list[str] | None:
     members: dict[str, list[int]] = {}
     for place, pair in enumerate(pairs):
         members.setdefault(pair.combination, []).append(place)
@@ -83,17 +91,13 @@ def hold_out(pairs: Sequence[Pair], validation: float, test: float, seed: int) -
         if split is None:
             continue
         taken = Counter(fact for place in places for fact in pairs[place].facts)
-        if any(left[fact] - count < SEEN_AT_LEAST for fact, count in taken.items()):
+        if any(left[fact] - count < least for fact, count in taken.items()):
             continue
         left -= taken
         wanted[split] -= len(places)
         for place in places:
             splits[place] = split
-    if any(wanted.values()):
-        raise ValueError(
-            f"{len(pairs)} pairs cannot be split: {wanted} held-out pairs would not be known from training"
-        )
-    return [replace(pair, split=split) for pair, split in zip(pairs, splits, strict=True)]
+    return None if any(wanted.values()) else splits
 
 
 def write_jsonl(pairs: Iterable[Pair], path: Path) -> int:
