@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from services.attention.options import PRESETS, AttentionOptions
 from services.config_base import Section
+from services.errors import UserError
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -111,6 +113,12 @@ SourceSection = Annotated[
 class WorkerSection(Section):
     """The scoring worker: stream -> HTTP -> stream."""
 
+    url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s@]+$",
+        description="A reward server outside the run, http(s)://host:port, without a password: its token comes from "
+        "reward.token_env. null: the run starts its own from this section.",
+    )
     workers: int = Field(default=1, ge=1, description="Scoring workers of a run, each a reader of the stream.")
     groups: int = Field(default=8, ge=1, description="Groups read from the stream at a time.")
     batch_items: int = Field(default=64, ge=1, description="Most items of one HTTP request.")
@@ -200,6 +208,20 @@ class RewardSection(Section):
         if self.allow_options is not None:
             return self.allow_options
         return [source.kind for source in self.sources.values()] == ["attention"]
+
+    def token(self) -> str | None:
+        """The bearer token of the environment variable `token_env`, or None where it is not set.
+
+        Raises UserError where it is set and empty, which is a mistake.
+        """
+        token = os.environ.get(self.token_env)
+        if token is not None and not token.strip():
+            raise UserError(f"{self.token_env} is empty: give it the bearer token, or unset it")
+        return None if token is None else token.strip()
+
+    def worker_token(self) -> str | None:
+        """The token that the scoring workers send to the server of `worker.url`; None where the run starts its own."""
+        return None if self.worker.url is None else self.token()
 
     def recipe_revision(self) -> str:
         """What scores depend on, as 16 hexadecimal digits: the resolved sources, and whether requests change them."""

@@ -8,7 +8,6 @@ import asyncio
 import errno
 import ipaddress
 import logging
-import os
 import signal
 import socket
 import threading
@@ -36,14 +35,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def token_from_environment(section: RewardSection) -> str | None:
-    """The bearer token, or None where the variable `token_env` is not set. An empty one is a mistake."""
-    token = os.environ.get(section.token_env)
-    if token is not None and not token.strip():
-        raise UserError(f"{section.token_env} is empty: give it the bearer token, or unset it")
-    return None if token is None else token.strip()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -167,7 +158,7 @@ def run(
 
     `say` gets the line that names the URL. Main thread only. Raises UserError.
     """
-    token = token_from_environment(section)
+    token = section.token()
     server = RewardServer(section, token=token, host=host, port=port)
     ended = threading.Event()
 

@@ -19,7 +19,7 @@ import pytest
 from reward_server.client import RewardClient, RewardRefused, RewardUnavailable
 from reward_server.config import RewardSection
 from reward_server.schema import Item
-from reward_server.serve import RewardServer, bind, token_from_environment
+from reward_server.serve import RewardServer, bind
 from services.errors import UserError
 
 CONTRACT_CASES = "attention/data/attention_reward_cases.json"
@@ -129,9 +129,13 @@ def test_without_a_token_only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
         RewardServer(RewardSection(host=host), token=None)
     monkeypatch.setenv("ATTUNE_REWARD_TOKEN", " ")
     with pytest.raises(UserError, match="ATTUNE_REWARD_TOKEN is empty"):
-        token_from_environment(RewardSection())
+        RewardSection().token()
     monkeypatch.setenv("ATTUNE_REWARD_TOKEN", "t\n")
-    assert token_from_environment(RewardSection()) == "t"
+    assert RewardSection().token() == "t"
+    assert RewardSection().worker_token() is None  # a run's own server gets a random one
+    assert RewardSection.model_validate({"worker": {"url": "http://scores:8077"}}).worker_token() == "t"
+    monkeypatch.delenv("ATTUNE_REWARD_TOKEN")
+    assert RewardSection().token() is None
 
 
 def test_the_command_serves_and_ends_on_a_signal() -> None:

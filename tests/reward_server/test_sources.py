@@ -183,6 +183,8 @@ def test_options_lie_over_the_preset() -> None:
         ({"sources": {"a": {"kind": "attention", "clip": [1, 0]}}}, "clip"),
         ({"sources": {"No Name": {"kind": "attention"}}}, "sources"),
         ({"worker": {"min_idle_ms": 1000}}, "min_idle_ms"),
+        ({"worker": {"url": "http://user:secret@host"}}, "url"),
+        ({"worker": {"url": "scores:8077"}}, "url"),
         ({"surprise": 1}, "surprise"),
     ],
 )
