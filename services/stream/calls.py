@@ -1,0 +1,111 @@
+"""One way to call Redis: a timeout on every call, a bound in seconds on trying again, errors by what to do about them.
+
+A call whose reply was lost is sent again although it may have been carried out; the ledger's scripts recognise that by
+the token that each call carries. A server that has forgotten the scripts (it restarted) is given them again.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any, TypeVar, cast
+
+import redis
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    ConnectionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ResponseError,
+    TimeoutError,
+)
+
+from services.stream.errors import LedgerError, StreamFull, StreamLost, StreamUnavailable
+
+T = TypeVar("T")
+Argument = str | int | float | bytes
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+
+
+@cache
+def script_text(name: str) -> str:
+    """The source of a script: the shared functions, then its own file."""
+    files = resources.files("services.stream").joinpath("scripts")
+    return files.joinpath("common.lua").read_text("utf-8") + files.joinpath(f"{name}.lua").read_text("utf-8")
+
+
+@cache
+def _script_sha(name: str) -> str:
+    return hashlib.sha1(script_text(name).encode(), usedforsecurity=False).hexdigest()
+
+
+class Calls:
+    """Commands and scripts on one client, tried again for `patience_s` seconds while nobody answers."""
+
+    def __init__(self, client: redis.Redis, patience_s: float) -> None:
+        self._client = client
+        self._patience_s = patience_s
+        options = client.connection_pool.connection_kwargs
+        self.where = f"redis at {options.get('host', 'localhost')}:{options.get('port', 6379)}"
+        timeout = options.get("socket_timeout")
+        if not timeout:
+            raise ValueError("the Redis client has no socket timeout; make it with services.stream.connect")
+        self.longest_block_ms = int(timeout * 500)
+        """A blocking read must end well before its socket's timeout."""
+
+    def command(self, *args: Argument) -> Any:
+        return self._patiently(str(args[0]), lambda: self._execute(*args))
+
+    def script(self, name: str, prefix: str, *args: Argument) -> Any:
+        def call() -> Any:
+            try:
+                return self._execute("EVALSHA", _script_sha(name), 1, prefix, *args)
+            except NoScriptError:
+                return self._execute("EVAL", script_text(name), 1, prefix, *args)
+
+        return self._patiently(f"the ledger's {name}", call)
+
+    def commands(self, all_args: Sequence[Sequence[Argument]]) -> list[Any]:
+        """Several commands that only read, in one round trip."""
+
+        def call() -> list[Any]:
+            with self._client.pipeline(transaction=False) as pipe:  # pyright: ignore[reportUnknownMemberType]
+                for args in all_args:
+                    pipe.execute_command(*args)  # pyright: ignore[reportUnknownMemberType]
+                return pipe.execute()
+
+        return self._patiently(f"{len(all_args)} reads", call) if all_args else []
+
+    def _execute(self, *args: Argument) -> Any:
+        return cast(Any, self._client.execute_command(*args))  # pyright: ignore[reportUnknownMemberType]
+
+    def _patiently(self, what: str, call: Callable[[], T]) -> T:
+        started = time.monotonic()
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                return call()
+            except (AuthenticationError, AuthorizationError) as error:
+                raise StreamUnavailable(f"{self.where} refuses the password or user: {error}") from None
+            except (ConnectionError, TimeoutError) as error:
+                waited = time.monotonic() - started
+                if waited + pause > self._patience_s:
+                    raise StreamLost(waited_for=what, who=f"{self.where} ({error})", seconds=waited) from error
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            except OutOfMemoryError as error:
+                raise StreamFull(f"{self.where} is out of memory: {error}") from error
+            except ResponseError as error:
+                raise _translated(error, self.where) from error
+
+
+def _translated(error: ResponseError, where: str) -> Exception:
+    text = str(error)
+    if text.startswith("LEDGER "):
+        return LedgerError(text.removeprefix("LEDGER "))
+    if text.startswith("MISCONF") or "OOM command not allowed" in text:
+        return StreamFull(f"{where} refuses writes: {text}")
+    return error

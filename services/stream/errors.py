@@ -1,0 +1,23 @@
+"""What can go wrong with the stream, told apart by what the caller should do."""
+
+from services.errors import Deadline, UserError
+
+
+class StreamUnavailable(UserError):
+    """There is no usable Redis at the given address when a run starts. Never holds the password."""
+
+
+class StreamLost(Deadline):
+    """Redis stopped answering during a run, for longer than the caller's patience."""
+
+
+class StreamFull(Exception):
+    """Redis refused a write for want of memory or disk; nothing was changed."""
+
+
+class LedgerError(Exception):
+    """The ledger was asked for something that would break an invariant; nothing was changed."""
+
+
+class CodecError(Exception):
+    """Bytes that are not a record of this schema version."""

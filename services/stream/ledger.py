@@ -1,0 +1,342 @@
+"""The sample stream and the ledger: where every group of a run is, moved by scripts that Redis runs whole or not at all.
+
+    pending -> leased -> generated -> scored -> consumed at step N -> committed, or failed with a reason
+
+Invariants, and where each is kept:
+
+1. A group is in exactly one state (`move` in common.lua is the only way between them). The committed manifest is the
+   truth; the ledger is its projection, made so by `reconcile` at every start, before any lease. A group stays in the
+   stream until a commit contains it; a group is committed in one step.
+2. One (group_id, attempt) is accepted: a lease raises the attempt, an answer with another one is dropped and counted.
+3. Groups are leased in their order, only while those admitted and not failed are fewer than the gate's limit, and only
+   to an owner that has loaded the gate's version. A batch is the next groups in that order: none is overtaken, a failed
+   one is replaced by the next leased. Groups older than allowed are generated again and counted, never trained on.
+
+A call whose reply was lost is sent again with the same token and gets the reply it had: nothing happens twice.
+What crosses is msgpack and JSON. Keys begin with `attune:{RUN}:`; core commands of Redis 6.2 only.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast, get_args
+from uuid import uuid4
+
+import redis
+
+from services.records import Failure, Group, GroupState, Lease, PolicyVersion, Prompt
+from services.stream.calls import Argument, Calls
+from services.stream.codec import decode_group, decode_prompt, encode_group, encode_prompt, failure_from_json
+from services.stream.errors import LedgerError
+
+T = TypeVar("T")
+
+STATES: tuple[GroupState, ...] = get_args(GroupState)
+SCORERS = "scorers"
+CHUNK = 500
+"""Groups one script handles in a call: Redis serves nobody else meanwhile."""
+
+
+@dataclass(frozen=True)
+class LoadWeights:
+    """The owner holds another version than the gate's: it must load this one before it leases."""
+
+    version: PolicyVersion
+    path: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to lease now: the gate is shut, no group is pending, or the next one has not been given its prompt yet."""
+
+    reason: Literal["gate", "empty", "no_payload"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What leases are given under: the version to hold, its manifest, and how many groups may ever be admitted."""
+
+    version: PolicyVersion
+    weights: str
+    limit: int
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One line of the account: where a group is, and why it is not committed."""
+
+    group_id: str
+    state: GroupState
+    epoch: int
+    order: int
+    attempt: int
+    owner: str | None
+    step: int | None
+    version: PolicyVersion | None
+    failure: Failure | None
+    """Why it failed; of a pending group, why it went back."""
+
+
+class Ledger:
+    """One run's ledger. Safe to use from several threads and processes; every process has its own.
+
+    Every method raises StreamLost where Redis does not answer for `patience_s` seconds, StreamFull where it refuses writes,
+    LedgerError where the request would break an invariant; then nothing has changed.
+    """
+
+    def __init__(self, client: redis.Redis, run_id: str, *, patience_s: float = 30.0) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", run_id):
+            raise ValueError(f"run id {run_id!r}: allowed are letters, digits, '_', '.' and '-'")
+        self._calls = Calls(client, patience_s)
+        self._prefix = f"attune:{{{run_id}}}:"
+        self._heard = "0-0"
+
+    # ---- the driver: what there is to do
+
+    def register(self, epoch: int, groups: Sequence[tuple[str, int]]) -> int:
+        """Makes (group id, place in lease order) known, as pending; known ones stay as they are. Returns how many are new."""
+        return sum(
+            int(self._script("register", epoch, *(value for pair in chunk for value in pair)))
+            for chunk in _chunks(groups)
+        )
+
+    def missing_payload(self, count: int) -> list[str]:
+        """The next `count` pending groups that have no prompt yet, in lease order."""
+        return [_text(i) for i in self._calls.command("ZRANGE", self._key("bare"), 0, count - 1)] if count > 0 else []
+
+    def attach(self, prompts: Mapping[str, Prompt]) -> int:
+        """Gives groups their prompts, which they keep until they are committed or failed. Returns how many took one."""
+        taken = 0
+        for chunk in _chunks(list(prompts.items())):
+            taken += int(self._script("attach", *(v for i, prompt in chunk for v in (i, encode_prompt(prompt)))))
+        return taken
+
+    def open_gate(self, version: PolicyVersion, weights: str, limit: int) -> None:
+        """From now on leases are given under `version`, whose manifest is at `weights`, while fewer than `limit` are admitted.
+
+        Neither the version nor, within an incarnation, the limit goes back.
+        """
+        self._script("open_gate", version.incarnation, version.step, weights, limit)
+
+    def close_gate(self) -> None:
+        """No lease is given until the gate is opened again; work under way goes on."""
+        self._script("close_gate", "0")
+
+    def gate(self) -> Gate | None:
+        fields = self._calls.command("HMGET", self._key("gate"), "incarnation", "step", "weights", "limit")
+        if fields[0] is None:
+            return None
+        return Gate(PolicyVersion(int(fields[0]), int(fields[1])), _text(fields[2]), int(fields[3]))
+
+    # ---- a rollout actor
+
+    def lease(self, owner: str, loaded: PolicyVersion | None, ttl_s: float) -> Lease | LoadWeights | Wait:
+        """The next group to generate, or the weights to load first, or why there is nothing to do now."""
+        incarnation, step = ("", "") if loaded is None else loaded
+        reply = self._script("lease", owner, uuid4().hex, incarnation, step, int(ttl_s * 1000))
+        kind = _text(reply[0])
+        if kind == "load":
+            return LoadWeights(PolicyVersion(int(reply[1]), int(reply[2])), _text(reply[3]))
+        if kind == "wait":
+            return Wait(cast(Literal["gate", "empty", "no_payload"], _text(reply[1])))
+        return Lease(
+            group_id=_text(reply[1]),
+            attempt=int(reply[2]),
+            epoch=int(reply[3]),
+            order=int(reply[4]),
+            prompt=decode_prompt(reply[5]),
+        )
+
+    def renew(self, owner: str, group_id: str, attempt: int, ttl_s: float) -> bool:
+        """Holds a lease for `ttl_s` seconds from now. False: it is not the owner's any more, its answer would be dropped."""
+        return bool(self._script("renew", owner, group_id, attempt, int(ttl_s * 1000)))
+
+    def put_generated(self, group: Group) -> bool:
+        """The answer to a lease, onto the stream. False: late (another attempt, or older weights), dropped and counted."""
+        version = group.version
+        arguments = (group.group_id, group.attempt, version.incarnation, version.step, uuid4().hex, encode_group(group))
+        return self._script("put_generated", *arguments) == b"1"
+
+    def fail(self, group_id: str, attempt: int, failure: Failure, budget: int) -> Literal["pending", "failed", "late"]:
+        """A leased or generated group could not be generated or scored.
+
+        `budget` is how many failures of this kind a group may have and still be tried again: with 0 the first one fails
+        it, and the next group leased takes its place. "late": the attempt is no longer the group's; nothing happened.
+        """
+        arguments = (group_id, attempt, failure.kind, failure.model_dump_json(), budget, uuid4().hex)
+        return cast(Literal["pending", "failed", "late"], _text(self._script("fail", *arguments)))
+
+    # ---- a scoring worker
+
+    def read_generated(self, consumer: str, count: int, block_ms: int, min_idle_ms: int) -> list[tuple[str, Group]]:
+        """Up to `count` (entry id, group) to score: those a dead worker has held for `min_idle_ms`, else new ones.
+
+        Waits up to `block_ms` for new ones, and never longer than half the client's socket timeout.
+        """
+        stream = self._key("stream:generated")
+        try:
+            claim = self._calls.command("XAUTOCLAIM", stream, SCORERS, consumer, min_idle_ms, "0-0", "COUNT", count)
+            rows = [(entry, fields) for entry, fields in claim[1] if fields]
+            if not rows:
+                block = max(1, min(block_ms, self._calls.longest_block_ms))
+                found = self._calls.command(
+                    "XREADGROUP", "GROUP", SCORERS, consumer, "COUNT", count, "BLOCK", block, "STREAMS", stream, ">"
+                )
+                rows = [row for row in found[0][1] if row[1]] if found else []
+        except redis.ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            self._make_consumer_group()  # a Redis that came back empty
+            return []
+        return [(_text(entry), decode_group(fields[b"group"])) for entry, fields in rows]
+
+    def put_scored(self, entry_id: str, group: Group) -> bool:
+        """The scored group in the place of the generated one. False: late, dropped and counted."""
+        arguments = (entry_id, group.group_id, group.attempt, uuid4().hex, encode_group(group))
+        return self._script("put_scored", *arguments) == b"1"
+
+    # ---- the driver: leases that end, batches, commits
+
+    def expire_leases(self, budget: int | None = None) -> list[str]:
+        """Leases past their time: back to pending, or failed where a group has expired more than `budget` times."""
+        failure = Failure(kind="infra", code="lease_expired", message="every actor that held the group lost its lease")
+        reply = self._script("expire_leases", -1 if budget is None else budget, failure.model_dump_json())
+        return [_text(i) for i in reply]
+
+    def release(self, owner: str) -> list[str]:
+        """What a dead actor held goes back to pending."""
+        return [_text(i) for i in self._script("release", owner)]
+
+    def take(self, step: int, size: int, *, final: bool = False, oldest_step: int | None = None) -> list[str] | None:
+        """The batch of `step`: the next `size` groups in lease order, once each is scored; None until then.
+
+        Asked again for the same step, it answers the same. With `final`, fewer are a batch once nothing else is left, and
+        [] says that all is done. Groups of the batch that were generated by a version before `oldest_step` go back to
+        pending.
+        """
+        reply = self._script("take", step, size, int(final), "" if oldest_step is None else oldest_step)
+        return None if reply[0] == b"wait" else [_text(i) for i in reply[1:]]
+
+    def fetch(self, group_ids: Sequence[str]) -> list[Group]:
+        """Scored groups, in the order asked for; they stay until a commit contains them."""
+        entries = self._calls.commands([("HMGET", self._key(f"group:{i}"), "entry", "state") for i in group_ids])
+        for group_id, (entry, state) in zip(group_ids, entries, strict=True):
+            if entry is None or state not in (b"scored", b"consumed"):
+                raise LedgerError(f"group {group_id} has no scored samples: its state is {_text(state or b'unknown')}")
+        stream = self._key("stream:scored")
+        found = self._calls.commands([("XRANGE", stream, entry, entry) for entry, _ in entries])
+        for group_id, rows in zip(group_ids, found, strict=True):
+            if not rows:
+                raise LedgerError(f"group {group_id} has lost its stream entry")
+        return [decode_group(rows[0][1][b"group"]) for rows in found]
+
+    def commit(self, steps: Mapping[int, Sequence[str]]) -> int:
+        """What a manifest on the disk contains: committed, off the stream, payloads dropped. Idempotent, resumable anywhere.
+
+        Returns how many were not yet committed. Refuses a group that is committed in another step.
+        """
+        return sum(
+            int(self._script("commit", step, *chunk)) for step, groups in steps.items() for chunk in _chunks(groups)
+        )
+
+    def wait_scored(self, block_ms: int) -> bool:
+        """Blocks until a group was scored or failed since the last call of this object; False: none within `block_ms`."""
+        block = max(1, min(block_ms, self._calls.longest_block_ms))
+        bell = self._key("stream:bell")
+        if not self._calls.command("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", bell, self._heard):
+            return False
+        last = self._calls.command("XREVRANGE", bell, "+", "-", "COUNT", 1)
+        self._heard = _text(last[0][0]) if last else "0-0"
+        return True
+
+    def reconcile(self, committed: Mapping[int, Sequence[str]], failed: Mapping[str, Failure]) -> dict[str, int]:
+        """Makes the ledger the projection of the manifest. After `register`, before any lease; resumable at any line.
+
+        In the manifest -> committed, or failed; committed here but not there -> pending; consumed -> scored, lower in order
+        than what was scored after it, so taken again in the same step and place; leased, or its stream entry lost ->
+        pending; generated stays. A group that had failed since the last commit stays failed, so that the batches come
+        out the same. The gate is shut until `open_gate`, with any version and limit.
+        Returns how many groups went back, by where to: {"rescored": .., "pending": .., "uncommitted": ..}.
+        """
+        self._script("close_gate", "1")
+        in_manifest = {group for groups in committed.values() for group in groups}
+        had = [_text(i) for i in self._calls.command("ZRANGE", self._key("state:committed"), 0, -1)]
+        step_of = {group: step for step, groups in committed.items() for group in groups}
+        if len(step_of) != sum(map(len, committed.values())):
+            raise LedgerError("the manifest holds a group twice")
+        steps = self._calls.commands([("HGET", self._key(f"group:{i}"), "step") for i in had])
+        # Committed by a commit that the run does not resume from, or there in another step.
+        stray = [i for i, step in zip(had, steps, strict=True) if i not in in_manifest or int(step) != step_of[i]]
+        for chunk in _chunks(stray):
+            self._script("uncommit", *chunk)
+        self.commit(committed)
+        for chunk in _chunks(list(failed.items())):
+            self._script("mark_failed", *(value for i, why in chunk for value in (i, why.model_dump_json())))
+        rescored, pending = self._script("sweep")
+        return {"rescored": int(rescored), "pending": int(pending), "uncommitted": len(stray)}
+
+    # ---- the account
+
+    def counts(self) -> dict[str, int]:
+        """Groups by state; every state is there."""
+        replies = self._calls.commands([("ZCARD", self._key(f"state:{state}")) for state in STATES])
+        return dict(zip(STATES, map(int, replies), strict=True))
+
+    def counters(self) -> dict[str, int]:
+        """Events since the run began: late, late_scores, late_failures, failures_infra, failures_data, expired, released,
+        regenerated, uncommitted; those that never happened are absent."""
+        found = cast(dict[bytes, bytes], self._calls.command("HGETALL", self._key("counters")))
+        return {_text(name): int(value) for name, value in found.items()}
+
+    def list(self, state: GroupState, limit: int | None = None) -> Iterator[GroupRow]:
+        """The groups in a state, in lease order."""
+        ids = self._calls.command("ZRANGE", self._key(f"state:{state}"), 0, -1 if limit is None else limit - 1)
+        for chunk in _chunks([_text(i) for i in ids]) if limit != 0 else ():
+            names = ("epoch", "order", "attempt", "owner", "step", "version_inc", "version_step", "failure")
+            replies = self._calls.commands([("HMGET", self._key(f"group:{i}"), *names) for i in chunk])
+            for group_id, (epoch, order, attempt, owner, step, inc, version_step, failure) in zip(
+                chunk, replies, strict=True
+            ):
+                yield GroupRow(
+                    group_id=group_id,
+                    state=state,
+                    epoch=int(epoch),
+                    order=int(order),
+                    attempt=int(attempt),
+                    owner=None if owner is None else _text(owner),
+                    step=None if step is None else int(step),
+                    version=None if inc is None else PolicyVersion(int(inc), int(version_step)),
+                    failure=None if failure is None else failure_from_json(failure),
+                )
+
+    def flush(self) -> None:
+        """Forgets the run: removes every key of it and of no other."""
+        cursor = 0
+        while True:
+            cursor, keys = self._calls.command("SCAN", cursor, "MATCH", self._prefix + "*", "COUNT", 1000)
+            if keys:
+                self._calls.command("UNLINK", *keys)
+            if int(cursor) == 0:
+                return
+
+    def _make_consumer_group(self) -> None:
+        try:
+            self._calls.command("XGROUP", "CREATE", self._key("stream:generated"), SCORERS, "0", "MKSTREAM")
+        except redis.ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+
+    def _key(self, name: str) -> str:
+        return self._prefix + name
+
+    def _script(self, name: str, *args: Argument) -> Any:
+        return self._calls.script(name, self._prefix, *args)
+
+
+def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), CHUNK):
+        yield values[start : start + CHUNK]
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

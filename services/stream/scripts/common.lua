@@ -1,0 +1,89 @@
+-- Shared by every script; put in front of each when it is loaded.
+-- KEYS[1] is the prefix "attune:{RUN}:". Every key of a run begins with it and so shares its hash tag (one slot of a
+-- cluster); the keys of single groups are derived from it here. Numbers that are stored stay strings: Lua would
+-- print large ones with an exponent.
+local P = KEYS[1]
+local STREAM_GENERATED, STREAM_SCORED = P .. 'stream:generated', P .. 'stream:scored'
+local SCORERS = 'scorers'
+
+local function group_key(id) return P .. 'group:' .. id end
+local function state_key(state) return P .. 'state:' .. state end
+local function batch_key(step) return P .. 'batch:' .. step end
+local function text(number) return string.format('%.0f', number) end
+local function count(name) redis.call('HINCRBY', P .. 'counters', name, 1) end
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+end
+
+local function refuse(message) return redis.error_reply('LEDGER ' .. message) end
+
+-- A call that is sent again because its reply was lost carries the same token: it gets the reply it had.
+local function earlier_reply(id, call)
+  local seen = redis.call('HMGET', group_key(id), 'call', 'reply')
+  if seen[1] == call then return seen[2] end
+  return false
+end
+
+local function remember(id, call, reply) redis.call('HSET', group_key(id), 'call', call, 'reply', reply) end
+
+-- Takes the group's entry, if it has one, out of the stream that its state says it is in.
+local function drop_entry(id, state)
+  local entry = redis.call('HGET', group_key(id), 'entry')
+  if not entry then return end
+  if state == 'generated' then
+    redis.call('XACK', STREAM_GENERATED, SCORERS, entry)
+    redis.call('XDEL', STREAM_GENERATED, entry)
+  else
+    redis.call('XDEL', STREAM_SCORED, entry)
+  end
+  redis.call('HDEL', group_key(id), 'entry')
+end
+
+-- The only place where a group changes its state.
+local function move(id, from, to)
+  local key = group_key(id)
+  redis.call('ZREM', state_key(from), id)
+  redis.call('ZADD', state_key(to), redis.call('HGET', key, 'order'), id)
+  redis.call('HSET', key, 'state', to)
+  if from == 'leased' then
+    redis.call('ZREM', P .. 'expiry', id)
+    redis.call('HDEL', key, 'owner', 'expires_ms')
+  elseif from == 'pending' then
+    redis.call('ZREM', P .. 'bare', id)
+  elseif from == 'consumed' then
+    local step = redis.call('HGET', key, 'step')
+    if step then redis.call('ZREM', batch_key(step), id) end
+  end
+  if to == 'pending' then
+    redis.call('HDEL', key, 'step', 'failure')
+    if redis.call('HEXISTS', key, 'prompt') == 0 then
+      redis.call('ZADD', P .. 'bare', redis.call('HGET', key, 'order'), id)
+    end
+  elseif to == 'committed' or to == 'failed' then
+    redis.call('HDEL', key, 'prompt')
+  end
+  -- A bell, not work: whoever waits for a batch looks again. So this stream alone is trimmed.
+  if to == 'scored' or to == 'failed' then
+    redis.call('XADD', P .. 'stream:bell', 'MAXLEN', '~', '256', '*', 'to', to)
+  end
+end
+
+local function create(id, epoch, order, state)
+  redis.call('HSET', group_key(id), 'state', state, 'attempt', '0', 'epoch', epoch, 'order', order)
+  redis.call('ZADD', state_key(state), order, id)
+  if state == 'pending' then redis.call('ZADD', P .. 'bare', order, id) end
+end
+
+local function state_of(id) return redis.call('HGET', group_key(id), 'state') end
+
+-- Groups that have been admitted and have not failed: what the admission limit of invariant 3 bounds. A group that
+-- went back to pending is not counted here, and is leased again before any new one, being lower in order.
+local function admitted()
+  local n = 0
+  for _, state in ipairs({ 'leased', 'generated', 'scored', 'consumed', 'committed' }) do
+    n = n + redis.call('ZCARD', state_key(state))
+  end
+  return n
+end

@@ -1,0 +1,29 @@
+-- ARGV: owner, token, loaded incarnation ('' if none), loaded step, time to live in ms.
+local owner, call, ttl = ARGV[1], ARGV[2], tonumber(ARGV[5])
+local call_key = P .. 'call:' .. call
+
+local function answer(id)
+  local g = redis.call('HMGET', group_key(id), 'attempt', 'epoch', 'order', 'prompt')
+  return { 'lease', id, g[1], g[2], g[3], g[4] }
+end
+
+local had = redis.call('GET', call_key)
+if had and redis.call('HGET', group_key(had), 'call') == call and state_of(had) == 'leased' then return answer(had) end
+
+local gate = redis.call('HMGET', P .. 'gate', 'incarnation', 'step', 'weights', 'limit')
+if not gate[1] then return { 'wait', 'gate' } end
+if ARGV[3] ~= gate[1] or ARGV[4] ~= gate[2] then return { 'load', gate[1], gate[2], gate[3] } end
+
+local id = redis.call('ZRANGE', state_key('pending'), 0, 0)[1]
+if not id then return { 'wait', 'empty' } end
+if admitted() >= tonumber(gate[4]) then return { 'wait', 'gate' } end
+local key = group_key(id)
+if redis.call('HEXISTS', key, 'prompt') == 0 then return { 'wait', 'no_payload' } end
+
+local expires = text(now_ms() + ttl)
+move(id, 'pending', 'leased')
+redis.call('HINCRBY', key, 'attempt', 1)
+redis.call('HSET', key, 'owner', owner, 'expires_ms', expires, 'version_inc', gate[1], 'version_step', gate[2], 'call', call)
+redis.call('ZADD', P .. 'expiry', expires, id)
+redis.call('SET', call_key, id, 'PX', '60000')
+return answer(id)
