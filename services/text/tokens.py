@@ -1,25 +1,8 @@
-"""What this package asks of a Hugging Face tokenizer. A protocol, so that the light base imports no transformers."""
+"""What rendering and training ask of a Hugging Face tokenizer beside its call: special ids, and a response's ids."""
 
-from typing import Any, Protocol
+from typing import Any
 
 from services.errors import UserError
-
-
-class Tokenizer(Protocol):
-    """The part of `transformers.PreTrainedTokenizerBase` that is used here."""
-
-    is_fast: bool
-    chat_template: Any
-
-    @property
-    def all_special_ids(self) -> list[int]: ...
-
-    @property
-    def eos_token_id(self) -> Any: ...
-
-    def __call__(self, text: str, **kwargs: Any) -> Any: ...
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any: ...
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
