@@ -85,7 +85,10 @@ def sampling_rows(rows: Sequence[Sampling], device: torch.device) -> SamplingRow
 
 
 def draw(logits: Tensor, uniforms: Tensor, rows: SamplingRows) -> Drawn:
-    """One token a row, from logits [B, V] and float64 uniforms [B] in [0, 1)."""
+    """One token a row, from logits [B, V] and float64 uniforms [B] in [0, 1).
+
+    Raises ArithmeticError where a row's logits are not finite (-inf forbids an id, and may stand).
+    """
     logprobs = torch.log_softmax(logits.float() / rows.temperature, dim=-1)
     probabilities = logprobs.double().exp_()
     kept: Tensor | None = None
@@ -95,6 +98,8 @@ def draw(logits: Tensor, uniforms: Tensor, rows: SamplingRows) -> Drawn:
         probabilities = probabilities.masked_fill(~kept, 0.0)
     cumulated = probabilities.cumsum(-1)
     total = cumulated[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise ArithmeticError("the policy gives logits that are not finite")
     # Strictly below the total: the first id whose sum exceeds it then has a probability of its own.
     threshold = torch.minimum(uniforms.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulated, threshold, right=True)

@@ -15,7 +15,7 @@ from rollout.generation import attention_rows, chunk_rows, draw_uniforms, genera
 from rollout.policy_runner import PaddingSide, Runner, pad_prompts
 from rollout.refusals import RequestRefused
 from rollout.sampling import check_sampling
-from rollout.weight_loading import take_weights
+from rollout.weight_loading import lay_out_for_decoding, take_weights
 from services.attention.capture import CAPTURE, attach, reduce_rows, register
 from services.attention.config import CaptureSection, resolve_capture
 from services.models import decoder_start_of, eos_ids_of, family_of, load_policy_model, max_context_of
@@ -45,6 +45,8 @@ class TransformersEngine:
         register()
         model = load_policy_model(policy, attention=CAPTURE).to(torch.device(device))  # pyright: ignore[reportArgumentType]
         model.requires_grad_(False)
+        if model.device.type == "cpu":
+            lay_out_for_decoding(model)
         self.family: Family = family_of(model.config)
         start = decoder_start_of(model) if self.family == "encoder-decoder" else None
         found = find_modules(model, self.family, start)

@@ -3,11 +3,22 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from services.records import PolicyVersion
 from services.weights import read_manifest, read_published
+
+
+def lay_out_for_decoding(model: nn.Module) -> None:
+    """Stores the weights of linear layers column by column; names, shapes and values stay as they are.
+
+    A decode step multiplies a few rows by each weight's transpose, which the CPU's matrix product does up to twice as
+    fast when the transpose is what lies contiguous in memory. Weights that are loaded later are copied into this layout.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 @torch.no_grad()
