@@ -14,7 +14,7 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     """Stores the weights of linear layers column by column; names, shapes and values stay as they are.
 
     A decode step multiplies a few rows by each weight's transpose, which the CPU's matrix product does up to twice as
-    fast when the transpose is what lies contiguous in memory. Weights that are loaded later are copied into this layout.
+    fast when the transpose is what lies contiguous in memory. Weights loaded later are copied into it.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
