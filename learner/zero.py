@@ -42,7 +42,7 @@ def device_of(section: LearnerSection) -> str:
 
 
 def join_ranks(*, rank: int, world_size: int, address: str, port: int, device: str, timeout_s: float) -> None:
-    """Makes this process one of the learner's ranks. Once a process.
+    """Makes this process one of the learner's ranks, for as long as it lives; does nothing where it is one already.
 
     `timeout_s` is also the deadline of every collective afterwards.
 
@@ -51,6 +51,8 @@ def join_ranks(*, rank: int, world_size: int, address: str, port: int, device: s
     """
     import torch
 
+    if torch.distributed.is_initialized():
+        return
     # A scheduler that gives each rank its own GPU shows it that one alone.
     visible = torch.cuda.device_count() if device == "cuda" else world_size
     os.environ |= {

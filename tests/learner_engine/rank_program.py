@@ -1,0 +1,107 @@
+"""One rank of a learner in a process of its own: `python rank_program.py JOBS.json RANK`.
+
+A test starts as many as it wants ranks; they run the jobs one after the other, and rank 0 writes what came of each.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import learner.zero
+from learner.engine import NonFinite
+from learner.publish import BUCKET_BYTES, export, publish
+from learner.worker import LearnerWorker
+from services.models import load_tokenizer
+from services.records import Group, PolicyVersion
+
+Job = dict[str, Any]
+GATHER_ABOVE = learner.zero.GATHER_ABOVE
+
+
+def groups_of(job: Job, step: int) -> list[Group]:
+    return [Group.model_validate(group) for group in job["batches"][step]]
+
+
+def worker_of(job: Job, rank: int) -> LearnerWorker:
+    return LearnerWorker(job["config"], rank, job["world_size"], job["directory"])
+
+
+def weights_of(worker: LearnerWorker, directory: Path) -> str:
+    """Everything that is trained, the value function too, as this rank's gathered copy on disk."""
+    from deepspeed import zero
+
+    named = dict(worker.engine.policy.named_parameters())
+    with zero.GatheredParameters(list(named.values())):
+        tensors = {name: parameter.detach().clone() for name, parameter in named.items()}
+    if worker.rank == 0:
+        torch.save(tensors, directory)
+    return str(directory)
+
+
+def train(job: Job, rank: int) -> dict[str, Any]:
+    """Steps `first` to `last`; publishes, exports and saves where the job says so."""
+    worker = worker_of(job, rank)
+    out = Path(job["directory"])
+    info = worker.setup(job["address"], job["port"], job.get("resume"), job.get("total_steps"))
+    steps = []
+    for step in range(job.get("first", 0), job["last"]):
+        if step == job.get("save_at"):
+            worker.save_checkpoint(str(out / "saved"))
+        steps.append(worker.train_on(step, groups_of(job, step)))
+    if "publish" in job:
+        bucket_bytes = job.get("bucket_bytes", BUCKET_BYTES)
+        publish(worker.engine, PolicyVersion(1, job["last"]), out / "published", bucket_bytes)
+        export(worker.engine, load_tokenizer(worker.policy_section), out / "exported", bucket_bytes)
+        worker.save_checkpoint(str(out / "saved"))
+    weights = weights_of(worker, out / "weights.pt")
+    return {"info": info, "steps": steps, "weights": weights}
+
+
+def poisoned(job: Job, rank: int) -> dict[str, Any]:
+    """A step whose gradient is not finite, and the weights around it."""
+    worker = worker_of(job, rank)
+    out = Path(job["directory"])
+    worker.setup(job["address"], job["port"], None, None)
+    before = weights_of(worker, out / "before.pt")
+    groups = groups_of(job, 0)
+    sample = groups[0].samples[0]
+    # e^1000 overflows: the ratio is infinite.
+    broken = sample.model_copy(update={"logprobs": (-1000.0,) * len(sample.logprobs)})
+    groups[0] = groups[0].model_copy(update={"samples": (broken, *groups[0].samples[1:])})
+    try:
+        worker.train_on(7, groups)
+        message = ""
+    except NonFinite as error:
+        message = str(error)
+    return {"message": message, "before": before, "after": weights_of(worker, out / "after.pt")}
+
+
+def sft(job: Job, rank: int) -> dict[str, Any]:
+    worker = worker_of(job, rank)
+    directory = str(Path(job["directory"]) / "tuned")
+    reports = worker.sft(job["address"], job["port"], job["sft"], job["train"], job["validation"], directory)
+    return {"reports": reports, "directory": directory}
+
+
+SCENARIOS: dict[str, Callable[[Job, int], dict[str, Any]]] = {"train": train, "poisoned": poisoned, "sft": sft}
+
+
+def main() -> None:
+    path, rank = Path(sys.argv[1]), int(sys.argv[2])
+    jobs = json.loads(path.read_text())
+    results = {}
+    for name, job in jobs["jobs"].items():
+        directory = path.parent / name
+        directory.mkdir(exist_ok=True)
+        learner.zero.GATHER_ABOVE = job.get("gather_above", GATHER_ABOVE)
+        results[name] = SCENARIOS[job["scenario"]]({**jobs["ranks"], **job, "directory": str(directory)}, rank)
+    if rank == 0:
+        Path(jobs["out"]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

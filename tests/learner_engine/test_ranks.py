@@ -1,0 +1,142 @@
+"""The learner on real ranks: two against one, resumed against uninterrupted, and what leaves it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner.checkpoint import export_policy
+from services.models import load_policy_model
+from services.models_config import PolicySection
+from services.weights import read_manifest, read_published
+
+
+def weights(result: Any) -> dict[str, Tensor]:
+    return torch.load(result["weights"])
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "t5"])
+def test_two_ranks_equal_one(name: str, one_rank: Any, two_ranks: Any) -> None:
+    one, two = weights(one_rank[name]), weights(two_ranks[name])
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5, msg=key)
+    for ours, theirs in zip(two_ranks[name]["steps"], one_rank[name]["steps"], strict=True):
+        assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-3, abs=1e-4)
+
+
+def test_training_moves_every_part_of_the_model(model_dirs: dict[str, str], two_ranks: Any) -> None:
+    before = dict(load_policy_model(PolicySection(model=model_dirs["tied"])).named_parameters())
+    after = weights(two_ranks["tied"])
+    still = [name for name, tensor in before.items() if torch.equal(tensor, after[f"lm.{name}"])]
+    assert still == []
+
+
+def test_a_run_repeats_bit_for_bit(two_ranks: Any) -> None:
+    assert_equal(weights(two_ranks["again"]), weights(two_ranks["tied"]))
+    assert two_ranks["again"]["steps"] == two_ranks["tied"]["steps"]
+
+
+@pytest.mark.parametrize(("resumed", "whole", "first"), [("resumed", "tied", 2), ("stateful_resumed", "stateful", 1)])
+def test_a_resumed_run_goes_on_bit_for_bit(resumed: str, whole: str, first: int, two_ranks: Any) -> None:
+    assert_equal(weights(two_ranks[resumed]), weights(two_ranks[whole]))
+    assert two_ranks[resumed]["steps"] == two_ranks[whole]["steps"][first:]
+    assert two_ranks[resumed]["info"]["updates_done"] > 0
+
+
+def test_gathering_between_uses_or_not_is_the_same(two_ranks: Any) -> None:
+    ours, theirs = weights(two_ranks["partitioned"]), weights(two_ranks["tied"])
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "t5"])
+def test_unchanged_weights_have_ratio_one(name: str, two_ranks: Any) -> None:
+    metrics = two_ranks[name]["steps"][0]["metrics"]
+    assert metrics["policy/first_log_ratio_max"] < 1e-5
+    assert metrics["kl/reference"] == pytest.approx(0, abs=1e-5)
+    assert metrics["reward/failed"] == 1
+    assert metrics["reward/ok"] == 11
+
+
+def test_the_adaptive_coefficient_moves_and_is_resumed(two_ranks: Any) -> None:
+    coefficients = [step["metrics"]["kl/coef"] for step in two_ranks["stateful"]["steps"]]
+    assert len(set(coefficients)) == 3
+
+
+@pytest.mark.parametrize("name", ["partitioned", "t5"])
+def test_published_exported_and_checkpointed_weights_are_those_of_the_policy(
+    name: str, two_ranks: Any, tmp_path: Path
+) -> None:
+    trained = weights(two_ranks[name])
+    directory = Path(two_ranks[name]["weights"]).parent
+    published = dict(read_published(directory / "published"))
+    assert read_manifest(directory / "published").version == (1, 5)
+    assert not any("value" in key for key in published)
+    for key, tensor in published.items():
+        assert torch.equal(tensor, trained[f"lm.{key}"])
+    assert {f"lm.{key}" for key in published} == {key for key in trained if key.startswith("lm.")}
+    if name == "partitioned":
+        assert len(read_manifest(directory / "published").buckets) > 3
+        assert (directory / "exported" / "model.safetensors.index.json").is_file()
+    export_policy(directory / "saved", tmp_path / "from_checkpoint", bucket_bytes=8192)
+    for exported in (directory / "exported", tmp_path / "from_checkpoint"):
+        loaded = load_policy_model(PolicySection(model=str(exported)))
+        for key, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, trained[f"lm.{key}"]), key
+
+
+def test_a_gradient_that_is_not_finite_stops_and_names_the_step(two_ranks: Any) -> None:
+    result = two_ranks["poisoned"]
+    assert result["message"].startswith("step 7, epoch 0, minibatch 0:")
+    assert_equal(torch.load(result["after"]), torch.load(result["before"]))
+
+
+def test_fine_tuning_equals_a_plain_loop(two_ranks: Any, model_dirs: dict[str, str], sft_case: Any) -> None:
+    """Clipping, schedule, accumulation and the sum over ranks, against torch alone with transformers' own logits."""
+    from learner.microbatch import plan_epoch
+    from learner.ppo import seed_of
+
+    pairs, settings = sft_case
+    model: Any = load_policy_model(PolicySection(model=model_dirs["untied"]))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    lengths = [(len(prompt), len(response)) for prompt, response in pairs]
+    batches = math.ceil(len(pairs) / settings["batch_size"])
+    updates = batches * settings["epochs"]
+    warmup = round(settings["warmup_share"] * updates)
+    losses: list[float] = []
+    for update in range(updates):
+        plan = plan_epoch(
+            lengths, world_size=1, minibatches=batches, token_budget=64, logit_chunk=512,
+            seed=seed_of(3, update // batches),
+        )  # fmt: skip
+        rows = plan[update % batches].rows
+        terms = []
+        for row in rows:
+            prompt, response = pairs[row]
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            terms.append(torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="sum"))
+        loss = torch.stack(terms).sum() / sum(lengths[row][1] for row in rows)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
+        rate = (update + 1) / (warmup + 1) if update < warmup else 1 - (update - warmup) / (updates - warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = settings["lr"] * rate
+        optimizer.step()
+        losses.append(loss.item())
+    tuned = dict(load_policy_model(PolicySection(model=two_ranks["sft"]["directory"])).named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(tuned[name], parameter, rtol=0, atol=2e-5, msg=name)
+    reports = two_ranks["sft"]["reports"]
+    assert [report["updates"] for report in reports] == [batches, updates]
+    assert reports[1]["validation_loss"] < reports[0]["validation_loss"] < losses[0]
