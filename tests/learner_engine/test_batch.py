@@ -1,0 +1,101 @@
+"""Groups to a batch: what is left out, which log-probabilities stand in the ratio, what is refused."""
+
+import math
+from typing import Any
+
+import pytest
+
+from learner.batch import batch_of
+from learner.metrics import length_metrics, reward_metrics, version_metrics
+from services.records import Failure, Group, PolicyVersion, Prompt, Sample, Score
+
+OK = Score(status="ok", value=1.0)
+FAILED = Score(status="failed", error=Failure(kind="data", code="empty_response", message="none"))
+
+
+def sample(k: int, **changes: Any) -> Sample:
+    given: dict[str, Any] = {
+        "sample_id": f"0:p:{k}",
+        "group_id": "0:p",
+        "prompt_id": "p",
+        "attempt": 1,
+        "policy_versions": ((1, 4, 2), (1, 5, 1)),
+        "prompt": "",
+        "prompt_ids": (1, 2),
+        "response": "",
+        "response_ids": (5, 6, 7),
+        "finish_reason": "stop",
+        "logprobs": (-1.0, -2.0, -3.0),
+        "reward": OK,
+        "created_at": 0.0,
+    }
+    return Sample(**{**given, **changes})
+
+
+def group(*samples: Sample, name: str = "0:p") -> Group:
+    return Group(
+        group_id=name,
+        attempt=1,
+        epoch=0,
+        order=0,
+        version=PolicyVersion(1, 4),
+        prompt=Prompt(prompt_id="p", source="test", text="x"),
+        eos_ids=(2,),
+        samples=samples,
+    )
+
+
+def test_failed_samples_are_left_out_and_counted() -> None:
+    batch = batch_of(
+        [group(sample(0), sample(1, reward=FAILED), sample(2, reward=None)), group(sample(0), name="0:q")], replay=False
+    )
+    assert len(batch.samples) == len(batch.rewards) == 2
+    assert batch.groups.tolist() == [0, 1]
+    assert batch.failed == 2
+    assert reward_metrics(batch)["reward/failed"] == 2
+    with pytest.raises(ValueError, match="nothing to train on"):
+        batch_of([group(sample(0, reward=FAILED))], replay=False)
+
+
+def test_replay_takes_the_truncated_distribution_on_both_sides() -> None:
+    kept = ((5, 8), (6,), (7, 1, 2))
+    one = sample(0, sampling_logprobs=(-0.5, 0.0, -0.25), kept_ids=kept)
+    replayed = batch_of([group(one)], replay=True)
+    assert replayed.behaviour[0].tolist() == [-0.5, 0.0, -0.25]
+    assert replayed.tokens[0].kept_ids == kept
+    whole = batch_of([group(one)], replay=False)
+    assert whole.behaviour[0].tolist() == [-1.0, -2.0, -3.0]
+    assert whole.tokens[0].kept_ids is None
+
+
+@pytest.mark.parametrize(("logprobs", "said"), [((-1.0, -2.0), "2 log-prob"), ((-1.0, math.nan, -1.0), "not finite")])
+def test_log_probabilities_that_cannot_be_used_name_the_sample(logprobs: tuple[float, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        batch_of([group(sample(0), sample(1, logprobs=logprobs))], replay=False)
+    assert "0:p:1" in str(caught.value)
+
+
+def test_metrics_of_rewards_lengths_and_staleness() -> None:
+    def scored(k: int, value: float, response: int) -> Sample:
+        attention = Score(status="ok", value=value, detail={"coverage": value / 2, "focus": 0.0, "repeat": 1})
+        return sample(
+            k,
+            response_ids=(5,) * response,
+            logprobs=(-1.0,) * response,
+            scores={"attention": attention, "length": FAILED},
+            reward=Score(status="ok", value=value),
+            finish_reason="length" if response == 5 else "stop",
+        )
+
+    batch = batch_of([group(scored(0, 1.0, 1), scored(1, 3.0, 5))], replay=False)
+    rewards = reward_metrics(batch)
+    assert rewards["reward/mean"] == rewards["reward/attention/mean"] == 2.0
+    assert rewards["reward/within_prompt_std"] == rewards["reward/std"] == 1.0
+    assert (rewards["reward/coverage"], rewards["reward/repeat"]) == (1.0, 1.0)
+    assert "reward/length/mean" not in rewards
+    lengths = length_metrics(batch)
+    assert (lengths["length/mean"], lengths["length/response_tokens"], lengths["length/truncated_share"]) == (3, 6, 0.5)
+    # Two of three tokens were drawn one step before this one.
+    staleness = version_metrics(batch, 5)
+    assert staleness["staleness/mean"] == pytest.approx(2 / 3)
+    assert staleness["staleness/max"] == 1

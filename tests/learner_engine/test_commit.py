@@ -1,0 +1,101 @@
+"""A checkpoint is committed whole or not at all, and damage is noticed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from learner.commit import begin_checkpoint, commit_checkpoint, latest_committed, prune_checkpoints, read_commit
+from services.errors import UserError
+
+
+def commit(run: Path, step: int, content: str = "weights") -> Path:
+    partial = begin_checkpoint(run, step)
+    (partial / "engine").mkdir()
+    (partial / "engine" / "part.pt").write_text(content)
+    (partial / "learner.json").write_text("{}")
+    return commit_checkpoint(partial, {"steps": {"0": ["0:a", "0:b"]}, "step": step})
+
+
+def test_what_was_committed_is_read_back(tmp_path: Path) -> None:
+    path = commit(tmp_path, 10)
+    assert path == tmp_path / "checkpoints" / "step_10"
+    assert not (tmp_path / "checkpoints" / "step_10.partial").exists()
+    found = latest_committed(tmp_path)
+    assert found.problems == ()
+    assert found.commit is not None
+    assert (found.commit.step, found.commit.path) == (10, path)
+    assert found.commit.manifest["steps"] == {"0": ["0:a", "0:b"]}
+    assert set(found.commit.manifest["files"]) == {"engine/part.pt", "learner.json"}
+
+
+def test_the_newest_counts_by_number(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        commit(tmp_path, step)
+    found = latest_committed(tmp_path).commit
+    assert found is not None
+    assert found.step == 100
+
+
+@pytest.mark.parametrize(
+    "harm", ["flipped", "shorter", "file_gone", "marker_gone", "manifest_gone", "manifest_changed"]
+)
+def test_a_damaged_one_is_named_and_passed_over(harm: str, tmp_path: Path) -> None:
+    commit(tmp_path, 1)
+    newest = commit(tmp_path, 2)
+    part, manifest = newest / "engine" / "part.pt", newest / "manifest.json"
+    match harm:
+        case "flipped":
+            part.write_text("Weights")
+        case "shorter":
+            part.write_text("w")
+        case "file_gone":
+            part.unlink()
+        case "marker_gone":
+            (newest / "COMMITTED").unlink()
+        case "manifest_gone":
+            manifest.unlink()
+        case _:
+            manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "steps": {}}))
+    found = latest_committed(tmp_path)
+    assert found.commit is not None
+    assert found.commit.step == 1
+    (problem,) = found.problems
+    assert "step_2" in problem
+    with pytest.raises(UserError, match="step_2"):
+        read_commit(newest)
+
+
+def test_an_unfinished_one_is_no_checkpoint(tmp_path: Path) -> None:
+    (begin_checkpoint(tmp_path, 3) / "learner.json").write_text("{}")
+    assert latest_committed(tmp_path).commit is None
+    assert list(begin_checkpoint(tmp_path, 3).iterdir()) == []
+
+
+def test_nothing_there_is_nothing_found(tmp_path: Path) -> None:
+    assert latest_committed(tmp_path).commit is None
+    with pytest.raises(UserError, match="not a checkpoint"):
+        read_commit(tmp_path / "checkpoints" / "step_1")
+
+
+def test_a_step_committed_again_replaces_the_first(tmp_path: Path) -> None:
+    commit(tmp_path, 5, "old")
+    path = commit(tmp_path, 5, "new")
+    assert (path / "engine" / "part.pt").read_text() == "new"
+    assert [entry.name for entry in path.parent.iterdir()] == ["step_5"]
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 30):
+        commit(tmp_path, step)
+    begin_checkpoint(tmp_path, 40)
+    assert [path.name for path in prune_checkpoints(tmp_path, 2)] == ["step_2"]
+    assert prune_checkpoints(tmp_path, 0) == []
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_4", "step_30", "step_40.partial"}
+
+
+def test_only_a_partial_directory_is_committed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"step_N\.partial"):
+        commit_checkpoint(tmp_path, {})
+    with pytest.raises(ValueError, match="files"):
+        commit_checkpoint(begin_checkpoint(tmp_path, 1), {"files": {}})
