@@ -14,26 +14,29 @@ from services.errors import UserError
 class StreamSection(Section):
     url: str | None = Field(
         None,
-        description="redis://[user@]host[:port][/db] or rediss:// for TLS; null: a server is started as a child of this run, "
-        "with its data in the run directory. Never holds the password: recipes are saved and shared.",
+        description="redis://[user@]host[:port][/db] or rediss:// for TLS; null: a server is started as a child of "
+        "this run, with its data in the run directory. Never holds the password: recipes are saved and shared.",
     )
     password_env: str | None = Field(
         None, description="Name of the environment variable that holds the password of `url`; null: no password."
     )
     ca_file: str | None = Field(
         None,
-        description="PEM file of the authority that signed the server's certificate (rediss:// only); null: the system's.",
+        description="PEM file of the authority that signed the server's certificate (rediss:// only); "
+        "null: the system's.",
     )
     appendfsync: Literal["everysec", "always"] = Field(
         "everysec",
-        description="When the embedded server flushes its log to the disk. everysec may lose a second when the machine (not "
-        "the process) dies; what is lost is rebuilt from the last commit, so the slower `always` is seldom worth its price.",
+        description="When the embedded server flushes its log to the disk. everysec may lose a second when the machine "
+        "(not the process) dies; what is lost is rebuilt from the last commit, so the slower `always` is seldom worth "
+        "its price.",
     )
     maxmemory_mb: int | None = Field(
         None,
         ge=16,
-        description="Memory limit of the embedded server, MiB; null: none. Nothing is ever evicted: a full server refuses "
-        "writes and the run stops, so the limit is a guard for the machine. The admission limit bounds what is in flight.",
+        description="Memory limit of the embedded server, MiB; null: none. Nothing is ever evicted: a full server "
+        "refuses writes and the run stops, so the limit is a guard for the machine. The admission limit bounds what is "
+        "in flight.",
     )
     connect_timeout_s: float = Field(
         10.0, gt=0, le=600, description="Seconds to wait for the server at the start; it is local, or should be near."
@@ -45,8 +48,8 @@ class StreamSection(Section):
         30.0,
         ge=0,
         le=3600,
-        description="Seconds that a call is tried again while the server does not answer: covers a restart of the server "
-        "and the loading of its log, within the minute in which a run must say why it cannot go on.",
+        description="Seconds that a call is tried again while the server does not answer: covers a restart of the "
+        "server and the loading of its log, within the minute in which a run must say why it cannot go on.",
     )
 
     @field_validator("url")

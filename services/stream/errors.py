@@ -3,7 +3,7 @@
 from services.errors import Deadline, UserError
 
 
-class StreamUnavailable(UserError):
+class StreamUnavailable(UserError):  # noqa: N818 - the state of affairs, like Deadline
     """There is no usable Redis at the given address when a run starts. Never holds the password."""
 
 
@@ -11,7 +11,7 @@ class StreamLost(Deadline):
     """Redis stopped answering during a run, for longer than the caller's patience."""
 
 
-class StreamFull(Exception):
+class StreamFull(Exception):  # noqa: N818
     """Redis refused a write for want of memory or disk; nothing was changed."""
 
 

@@ -1,4 +1,4 @@
-"""The sample stream and the ledger: where every group of a run is, moved by scripts that Redis runs whole or not at all.
+"""The sample stream and the ledger: where every group of a run is, moved by scripts that Redis runs as one.
 
     pending -> leased -> generated -> scored -> consumed at step N -> committed, or failed with a reason
 
@@ -47,7 +47,7 @@ class LoadWeights:
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing to lease now: the gate is shut, no group is pending, or the next one has not been given its prompt yet."""
+    """Nothing to lease now: the gate is shut, no group is pending, or the next one has no prompt yet."""
 
     reason: Literal["gate", "empty", "no_payload"]
 
@@ -80,8 +80,8 @@ class GroupRow:
 class Ledger:
     """One run's ledger. Safe to use from several threads and processes; every process has its own.
 
-    Every method raises StreamLost where Redis does not answer for `patience_s` seconds, StreamFull where it refuses writes,
-    LedgerError where the request would break an invariant; then nothing has changed.
+    Every method raises StreamLost where Redis does not answer for `patience_s` seconds, StreamFull where it refuses
+    writes, LedgerError where the request would break an invariant; then nothing has changed.
     """
 
     def __init__(self, client: redis.Redis, run_id: str, *, patience_s: float = 30.0) -> None:
@@ -94,7 +94,7 @@ class Ledger:
     # ---- the driver: what there is to do
 
     def register(self, epoch: int, groups: Sequence[tuple[str, int]]) -> int:
-        """Makes (group id, place in lease order) known, as pending; known ones stay as they are. Returns how many are new."""
+        """Makes (group id, place in lease order) known, as pending; known ones stay. Returns how many are new."""
         return sum(
             int(self._script("register", epoch, *(value for pair in chunk for value in pair)))
             for chunk in _chunks(groups)
@@ -112,7 +112,7 @@ class Ledger:
         return taken
 
     def open_gate(self, version: PolicyVersion, weights: str, limit: int) -> None:
-        """From now on leases are given under `version`, whose manifest is at `weights`, while fewer than `limit` are admitted.
+        """From now on leases are given under `version`, its manifest at `weights`, while fewer than `limit` are in.
 
         Neither the version nor, within an incarnation, the limit goes back.
         """
@@ -148,11 +148,11 @@ class Ledger:
         )
 
     def renew(self, owner: str, group_id: str, attempt: int, ttl_s: float) -> bool:
-        """Holds a lease for `ttl_s` seconds from now. False: it is not the owner's any more, its answer would be dropped."""
+        """Holds a lease for `ttl_s` seconds from now. False: it is the owner's no more, an answer would be late."""
         return bool(self._script("renew", owner, group_id, attempt, int(ttl_s * 1000)))
 
     def put_generated(self, group: Group) -> bool:
-        """The answer to a lease, onto the stream. False: late (another attempt, or older weights), dropped and counted."""
+        """The answer to a lease, onto the stream. False: late (another attempt, older weights), dropped and counted."""
         version = group.version
         arguments = (group.group_id, group.attempt, version.incarnation, version.step, uuid4().hex, encode_group(group))
         return self._script("put_generated", *arguments) == b"1"
@@ -173,22 +173,26 @@ class Ledger:
 
         Waits up to `block_ms` for new ones, and never longer than half the client's socket timeout.
         """
-        stream = self._key("stream:generated")
         try:
-            claim = self._calls.command("XAUTOCLAIM", stream, SCORERS, consumer, min_idle_ms, "0-0", "COUNT", count)
-            rows = [(entry, fields) for entry, fields in claim[1] if fields]
-            if not rows:
-                block = max(1, min(block_ms, self._calls.longest_block_ms))
-                found = self._calls.command(
-                    "XREADGROUP", "GROUP", SCORERS, consumer, "COUNT", count, "BLOCK", block, "STREAMS", stream, ">"
-                )
-                rows = [row for row in found[0][1] if row[1]] if found else []
+            rows = self._read(consumer, count, block_ms, min_idle_ms)
         except redis.ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise
-            self._make_consumer_group()  # a Redis that came back empty
-            return []
+            self._make_consumer_group()  # the first reader of a run, or a Redis that came back empty
+            rows = self._read(consumer, count, block_ms, min_idle_ms)
         return [(_text(entry), decode_group(fields[b"group"])) for entry, fields in rows]
+
+    def _read(self, consumer: str, count: int, block_ms: int, min_idle_ms: int) -> list[Any]:
+        stream = self._key("stream:generated")
+        claim = self._calls.command("XAUTOCLAIM", stream, SCORERS, consumer, min_idle_ms, "0-0", "COUNT", count)
+        rows = [row for row in claim[1] if row[1]]
+        if rows:
+            return rows
+        block = max(1, min(block_ms, self._calls.longest_block_ms))
+        found = self._calls.command(
+            "XREADGROUP", "GROUP", SCORERS, consumer, "COUNT", count, "BLOCK", block, "STREAMS", stream, ">"
+        )
+        return [row for row in found[0][1] if row[1]] if found else []
 
     def put_scored(self, entry_id: str, group: Group) -> bool:
         """The scored group in the place of the generated one. False: late, dropped and counted."""
@@ -210,9 +214,9 @@ class Ledger:
     def take(self, step: int, size: int, *, final: bool = False, oldest_step: int | None = None) -> list[str] | None:
         """The batch of `step`: the next `size` groups in lease order, once each is scored; None until then.
 
-        Asked again for the same step, it answers the same. With `final`, fewer are a batch once nothing else is left, and
-        [] says that all is done. Groups of the batch that were generated by a version before `oldest_step` go back to
-        pending.
+        Asked again for the same step, it answers the same. With `final`, fewer are a batch once nothing else is left,
+        and [] says that all is done. Groups of the batch that were generated by a version before `oldest_step` go back
+        to pending.
         """
         reply = self._script("take", step, size, int(final), "" if oldest_step is None else oldest_step)
         return None if reply[0] == b"wait" else [_text(i) for i in reply[1:]]
@@ -231,7 +235,7 @@ class Ledger:
         return [decode_group(rows[0][1][b"group"]) for rows in found]
 
     def commit(self, steps: Mapping[int, Sequence[str]]) -> int:
-        """What a manifest on the disk contains: committed, off the stream, payloads dropped. Idempotent, resumable anywhere.
+        """What a manifest on the disk contains: committed, off the stream, payloads dropped. Idempotent, resumable.
 
         Returns how many were not yet committed. Refuses a group that is committed in another step.
         """
@@ -240,7 +244,7 @@ class Ledger:
         )
 
     def wait_scored(self, block_ms: int) -> bool:
-        """Blocks until a group was scored or failed since the last call of this object; False: none within `block_ms`."""
+        """Blocks until a group was scored or failed since this object's last call; False: none within `block_ms`."""
         block = max(1, min(block_ms, self._calls.longest_block_ms))
         bell = self._key("stream:bell")
         if not self._calls.command("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", bell, self._heard):
@@ -252,10 +256,10 @@ class Ledger:
     def reconcile(self, committed: Mapping[int, Sequence[str]], failed: Mapping[str, Failure]) -> dict[str, int]:
         """Makes the ledger the projection of the manifest. After `register`, before any lease; resumable at any line.
 
-        In the manifest -> committed, or failed; committed here but not there -> pending; consumed -> scored, lower in order
-        than what was scored after it, so taken again in the same step and place; leased, or its stream entry lost ->
-        pending; generated stays. A group that had failed since the last commit stays failed, so that the batches come
-        out the same. The gate is shut until `open_gate`, with any version and limit.
+        In the manifest -> committed, or failed; committed here but not there -> pending; consumed -> scored, lower in
+        order than what was scored after it, so taken again in the same step and place; leased, or its stream entry
+        lost -> pending; generated stays. A group that had failed since the last commit stays failed, so that the
+        batches come out the same. The gate is shut until `open_gate`, with any version and limit.
         Returns how many groups went back, by where to: {"rescored": .., "pending": .., "uncommitted": ..}.
         """
         self._script("close_gate", "1")
@@ -283,8 +287,10 @@ class Ledger:
         return dict(zip(STATES, map(int, replies), strict=True))
 
     def counters(self) -> dict[str, int]:
-        """Events since the run began: late, late_scores, late_failures, failures_infra, failures_data, expired, released,
-        regenerated, uncommitted; those that never happened are absent."""
+        """Events since the run began; those that never happened are absent.
+
+        late, late_scores, late_failures, failures_infra, failures_data, expired, released, regenerated, uncommitted.
+        """
         found = cast(dict[bytes, bytes], self._calls.command("HGETALL", self._key("counters")))
         return {_text(name): int(value) for name, value in found.items()}
 

@@ -1,0 +1,112 @@
+"""A call whose reply is lost is sent again: the same thing must not happen twice. And how long a call is tried."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from services.errors import Deadline
+from services.stream.connect import connect
+from services.stream.embedded import EmbeddedRedis
+from services.stream.errors import StreamFull, StreamLost
+from services.stream.ledger import Ledger
+
+
+@pytest.fixture
+def lossy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Ledger], None]:
+    """From now on the first reply to every script of a ledger gets lost on its way, after Redis has done it."""
+
+    def make(ledger: Ledger) -> None:
+        send = ledger._calls._execute
+        lost: set[Any] = set()
+
+        def execute(*args: Any) -> Any:
+            reply = send(*args)
+            if args[0] in ("EVALSHA", "EVAL") and args[2:] not in lost:
+                lost.add(args[2:])
+                raise redis.ConnectionError("the line was cut")
+            return reply
+
+        monkeypatch.setattr(ledger._calls, "_execute", execute)
+
+    return make
+
+
+def test_nothing_happens_twice(desk: Any, lossy: Callable[[Ledger], None]) -> None:
+    ledger: Ledger = desk.ledger
+    lossy(ledger)
+    ids = desk.fill(4)
+    assert [lease.group_id for lease in desk.generate(3)] == ids[:3]  # no lease is given away twice, no answer is late
+    assert ledger.fail(ids[3], desk.lease().attempt, desk.DATA, 1) == "pending"
+    assert ledger.fail(ids[3], desk.lease().attempt, desk.DATA, 1) == "failed"
+    assert desk.score() == ids[:3]
+    assert ledger.take(0, 3) == ids[:3]
+    ledger.commit({0: ids[:3]})
+    assert ledger.counts()["committed"] == 3
+    assert ledger.counters() == {"failures_data": 2}
+
+
+def test_a_restart_of_redis_is_waited_out(tmp_path: Path, new_desk: Any) -> None:
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        desk = new_desk(Ledger(connect(server.url), "run", patience_s=20))
+        ids = desk.fill(3)
+        desk.make_scored(2)
+        for restart in range(2):
+            server._server.kill()  # pyright: ignore[reportOptionalMemberAccess]
+            server._server.wait()  # pyright: ignore[reportOptionalMemberAccess]
+            server.start()
+            assert desk.ledger.counts()["scored"] == 2, restart  # the connection and the scripts are made again
+        desk.make_scored(1)
+        assert desk.ledger.take(0, 3) == ids
+        assert [group.group_id for group in desk.ledger.fetch(ids)] == ids
+
+
+def test_patience_ends_with_who_did_not_answer(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path / "redis")
+    server.start()
+    port = server.url.rpartition(":")[2].split("/")[0]
+    client = connect(server.url, socket_timeout_s=0.3)
+    ledger = Ledger(client, "run", patience_s=1)
+    server._server.send_signal(19)  # pyright: ignore[reportOptionalMemberAccess] - SIGSTOP: there, but silent
+    began = time.monotonic()
+    try:
+        with pytest.raises(StreamLost, match=rf"redis at 127.0.0.1:{port} .* did not answer") as lost:
+            ledger.counts()
+    finally:
+        server._server.send_signal(18)  # pyright: ignore[reportOptionalMemberAccess]
+    assert time.monotonic() - began < 3
+    assert isinstance(lost.value, Deadline)
+    assert ledger.counts()["pending"] == 0
+    password = server.url.split(":")[2].split("@")[0]
+    server.stop()
+    with pytest.raises(StreamLost) as gone:
+        ledger.register(0, [("0:p0", 0)])
+    assert "the ledger's register" in str(gone.value)
+    assert password not in str(gone.value) + str(lost.value)
+
+
+def test_a_full_redis_refuses_whole_calls(tmp_path: Path, new_desk: Any) -> None:
+    with EmbeddedRedis(tmp_path / "redis", maxmemory_mb=16) as server:
+        client = connect(server.url)
+        desk = new_desk(Ledger(client, "run"))
+        desk.fill(3)
+        first, second = desk.lease(), desk.lease()
+        assert desk.ledger.put_generated(desk.group_of(first))
+        client.config_set("maxmemory", "1")
+        before = desk.ledger.counts()
+        with pytest.raises(StreamFull, match=r"127\.0\.0\.1"):
+            desk.ledger.put_generated(desk.group_of(second))
+        assert desk.ledger.counts() == before
+        # What frees as much as it takes goes through, so that a full server can be worked off.
+        desk.score()
+        assert desk.ledger.counts()["scored"] == 1
+        client.config_set("maxmemory", "0")
+        assert desk.ledger.put_generated(desk.group_of(second))
+
+
+def test_a_client_without_a_timeout_is_refused(server: EmbeddedRedis) -> None:
+    with pytest.raises(ValueError, match="no socket timeout"):
+        Ledger(redis.Redis.from_url(server.url, socket_timeout=None), "run")
