@@ -24,7 +24,9 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, for example learner.lr=2e-5.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="KEY=VALUE, for example learner.lr=2e-5.", show_default=False)
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file, as JSON.")]
 
 EXIT_STOPPED = 4
@@ -38,7 +40,9 @@ def _console() -> Console:
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Run directory; by default runs/NAME of the recipe's file.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Run directory; by default runs/NAME of the recipe's file.")
+    ] = None,
     resume: Annotated[str, typer.Option(help="auto | never | path of a committed checkpoint of this run.")] = "auto",
 ) -> None:
     """Trains a policy by a recipe, through the whole service."""
@@ -56,7 +60,10 @@ def train(
             highlight=False,
         )
         raise typer.Exit(EXIT_STOPPED if outcome.has_commit else 1)
-    console.print(f"Done: {outcome.steps} steps in {outcome.seconds:.0f} s. The policy is in {directory / 'policy'}", highlight=False)
+    console.print(
+        f"Done: {outcome.steps} steps in {outcome.seconds:.0f} s. The policy is in {directory / 'policy'}",
+        highlight=False,
+    )
 
 
 @app.command()
@@ -131,14 +138,6 @@ def reward_server(
     from reward_server.serve import run
 
     run(load_reward_section(recipe, overrides or []), host=host, port=port)
-
-
-@app.command()
-def ledger(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
-    """The account of every prompt of a run: how many in which state, and why what is not committed is not."""
-    from cluster.ledger_command import print_ledger
-
-    print_ledger(run_dir, _console())
 
 
 @app.command()

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from cluster.evaluation_config import EvaluationSection
 from learner.checkpoint_config import CheckpointSection
 from learner.config import LearnerSection
+from learner.sft_config import SftSection
 from reward_server.config import RewardSection
 from rollout.config import RolloutSection
 from services.attention.config import CaptureSection
@@ -29,7 +30,8 @@ class RunSection(Section):
         "reproducible; 1 generates the next batch while this one trains.",
     )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
-        ("tensorboard",), description="Where metrics go beside metrics.jsonl. TensorBoard needs no account and no network."
+        ("tensorboard",),
+        description="Where metrics go beside metrics.jsonl. TensorBoard needs no account and no network.",
     )
 
 
@@ -38,7 +40,9 @@ class ClusterSection(Section):
         None, description="Ray address to join; null: the cluster of RAY_ADDRESS, or one started on this machine."
     )
     rollout_cpus: float = Field(
-        0.25, ge=0, description="CPUs that Ray reserves for a rollout actor. A fraction: the parts take turns on a small machine."
+        0.25,
+        ge=0,
+        description="CPUs that Ray reserves for a rollout actor. A fraction: the parts take turns on a small machine.",
     )
     rollout_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for a rollout actor.")
     learner_cpus: float = Field(0.25, ge=0, description="CPUs that Ray reserves for a learner rank.")
@@ -58,9 +62,13 @@ class ClusterSection(Section):
     step_s: float = Field(3600.0, gt=0, description="Deadline (s) for the learner's part of a step.")
     publish_s: float = Field(300.0, gt=0, description="Deadline (s) for gathering and writing a set of weights.")
     stop_s: float = Field(
-        20.0, gt=0, description="Grace (s) after a signal in which a last commit may be written; Ray's own default is 3."
+        20.0,
+        gt=0,
+        description="Grace (s) after a signal in which a last commit may be written; Ray's own default is 3.",
     )
-    restarts: int = Field(3, ge=0, description="Rollout actors that may be replaced in a run before it ends with their error.")
+    restarts: int = Field(
+        3, ge=0, description="Rollout actors that may be replaced in a run before it ends with their error."
+    )
     weights_dir: str | None = Field(
         None,
         description="Where sets of weights are published for the rollout actors; null: shared memory. Several nodes need a "
@@ -75,10 +83,13 @@ class Config(Section):
     data: DataSection = Field(description="Prompts: source, columns, template, splits, lengths.")
     salience: SalienceSection = Field(default_factory=SalienceSection, description="Which tokens of a prompt matter.")
     policy: PolicySection = Field(description="The model that is trained.")
-    attention: CaptureSection = Field(default_factory=CaptureSection, description="Which layers and heads are captured.")
+    attention: CaptureSection = Field(
+        default_factory=CaptureSection, description="Which layers and heads are captured."
+    )
     rollout: RolloutSection = Field(default_factory=RolloutSection, description="How responses are drawn.")
     reward: RewardSection = Field(default_factory=RewardSection, description="What scores them.")
     learner: LearnerSection = Field(default_factory=LearnerSection, description="How the policy is trained.")
+    sft: SftSection = Field(default_factory=SftSection, description="Fine-tuning before reinforcement learning.")
     stream: StreamSection = Field(default_factory=StreamSection, description="The Redis that holds stream and ledger.")
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="When commits are written.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Metrics on held-out prompts.")

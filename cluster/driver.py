@@ -12,7 +12,7 @@ between any two of these leaves either the old commit or the new one as the trut
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +180,12 @@ class Training:
         outcome = Outcome(
             stopped, self.history.steps_done, self.history.committed_steps, round(time.monotonic() - self.started, 3)
         )
-        self.run.event("stopped" if stopped else "finished", signal=stopped, steps=outcome.steps, committed=outcome.committed_steps)
-        write_summary(self.run, self.config, outcome.stopped, outcome.committed_steps, outcome.seconds, self.ledger.counts())
+        self.run.event(
+            "stopped" if stopped else "finished", signal=stopped, steps=outcome.steps, committed=outcome.committed_steps
+        )
+        write_summary(
+            self.run, self.config, outcome.stopped, outcome.committed_steps, outcome.seconds, self.ledger.counts()
+        )
         return outcome
 
     # Coming up
@@ -231,7 +235,11 @@ class Training:
         self.progress.phase("publishing weights")
         directory = self.weights_dir / f"v{version.incarnation}_{version.step}"
         manifest = self.learners.call(
-            "publish", tuple(version), str(directory), what="the weights to be published", seconds=self.config.cluster.publish_s
+            "publish",
+            tuple(version),
+            str(directory),
+            what="the weights to be published",
+            seconds=self.config.cluster.publish_s,
         )
         self._feed_prompts(step)
         self.ledger.open_gate(version, manifest, self.feed.admission_limit(step, self.config.run.max_staleness))
@@ -258,7 +266,13 @@ class Training:
         self.progress.phase("training")
         self.learner_busy = True
         result = self.learners.call(
-            "train_step", step, groups, self.url, self.history.run_id, what=f"step {step} to train", seconds=self.config.cluster.step_s
+            "train_step",
+            step,
+            groups,
+            self.url,
+            self.history.run_id,
+            what=f"step {step} to train",
+            seconds=self.config.cluster.step_s,
         )
         self.learner_busy = False
         trained_at = time.monotonic()
@@ -305,10 +319,10 @@ class Training:
             self.supervisor.check()
 
     def _note_failures(self) -> None:
-        for row in self.ledger.list("failed", None):
+        for row in self.ledger.list("failed"):
             if row.group_id not in self.history.failed and row.failure is not None:
                 self.history.failed[row.group_id] = row.failure
-                self.run.event("group_failed", group_id=row.group_id, kind=row.failure.kind, code=row.failure.code)
+                self.run.event("group_failed", group_id=row.group_id, failure=row.failure.kind, code=row.failure.code)
 
     def _record(
         self,
@@ -364,7 +378,9 @@ class Training:
         """Writes the policy beside its place and then swaps: a reader never finds half a model."""
         partial = directory.with_name(directory.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        self.learners.call("export", str(partial), what="the policy to be written", seconds=self.config.checkpoint.timeout_s)
+        self.learners.call(
+            "export", str(partial), what="the policy to be written", seconds=self.config.checkpoint.timeout_s
+        )
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
 
@@ -405,6 +421,3 @@ class Training:
 
     def _tick(self) -> None:
         self.stop.check()
-
-
-Tick = Callable[[], None]

@@ -15,7 +15,9 @@ from services.text.order import epoch_order
 class Feed:
     """The training prompts in lease order. `seed` is the run's, `epochs` and `steps` (None: all) bound the run."""
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, epochs: int, steps: int | None, groups_per_step: int) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], *, seed: int, epochs: int, steps: int | None, groups_per_step: int
+    ) -> None:
         self._prompts = prompts
         self._seed = seed
         self._epochs = epochs

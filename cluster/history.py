@@ -66,7 +66,9 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
     """
     exists = run.config.exists()
     if resume == "never" and exists:
-        raise UserError(f"run directory {run.path}: holds a run already; --resume auto goes on with it, or choose another")
+        raise UserError(
+            f"run directory {run.path}: holds a run already; --resume auto goes on with it, or choose another"
+        )
     commit: Commit | None = None
     if resume in ("auto", "never"):
         latest = latest_committed(run.path)
@@ -117,5 +119,7 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 
 def _changed(before: Any, now: Any, path: tuple[str, ...]) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
-        return [key for name in {**before, **now} for key in _changed(before.get(name), now.get(name), (*path, str(name)))]
+        return [
+            key for name in {**before, **now} for key in _changed(before.get(name), now.get(name), (*path, str(name)))
+        ]
     return [] if before == now else [".".join(path)]

@@ -53,7 +53,7 @@ def start_learners(
     ranks = tuple(
         Running(
             f"learner-{rank}",
-            supervisor.actor(LearnerWorker, part, f"learner-{rank}", environment, dict(tree), rank, part.count, run_dir),
+            supervisor.actor(LearnerWorker, part, environment, dict(tree), rank, part.count, run_dir),
         )
         for rank in range(part.count)
     )

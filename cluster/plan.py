@@ -58,7 +58,14 @@ def place(parts: Sequence[Part], nodes: Sequence[Node]) -> dict[str, list[str]]:
     for part in sorted(parts, key=lambda part: (-part.gpus, -part.cpus, -part.memory_gb, part.name)):
         need = (part.cpus, part.gpus, part.memory_gb)
         for index in range(part.count):
-            name = next((name for name, left in free.items() if all(n <= have + 1e-9 for n, have in zip(need, left, strict=True))), None)
+            name = next(
+                (
+                    name
+                    for name, left in free.items()
+                    if all(n <= have + 1e-9 for n, have in zip(need, left, strict=True))
+                ),
+                None,
+            )
             if name is None:
                 raise PlanError(_missing(part, index, parts, nodes))
             free[name] = [have - n for n, have in zip(need, free[name], strict=True)]
@@ -68,7 +75,11 @@ def place(parts: Sequence[Part], nodes: Sequence[Node]) -> dict[str, list[str]]:
 
 def _missing(part: Part, index: int, parts: Sequence[Part], nodes: Sequence[Node]) -> str:
     wanted = ", ".join(f"{p.count} x {p.name} ({_amount(p.cpus, p.gpus, p.memory_gb)})" for p in parts)
-    total = _amount(sum(p.count * p.cpus for p in parts), sum(p.count * p.gpus for p in parts), sum(p.count * p.memory_gb for p in parts))
+    total = _amount(
+        sum(p.count * p.cpus for p in parts),
+        sum(p.count * p.gpus for p in parts),
+        sum(p.count * p.memory_gb for p in parts),
+    )
     there = "; ".join(f"{node.name}: {_amount(node.cpus, node.gpus, node.memory_gb)}" for node in nodes) or "no nodes"
     return (
         f"the cluster cannot hold the plan: no node has room for {part.name} {index + 1} of {part.count}, which needs "
@@ -93,6 +104,11 @@ def nodes_of_ray(rows: Sequence[Mapping[str, object]]) -> list[Node]:
             continue
         amount = {key: float(value) for key, value in resources.items() if isinstance(value, int | float)}
         nodes.append(
-            Node(str(row["NodeManagerHostname"]), amount.get("CPU", 0.0), amount.get("GPU", 0.0), amount.get("memory", 0.0) / 2**30)
+            Node(
+                str(row["NodeManagerHostname"]),
+                amount.get("CPU", 0.0),
+                amount.get("GPU", 0.0),
+                amount.get("memory", 0.0) / 2**30,
+            )
         )
     return nodes

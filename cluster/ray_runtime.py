@@ -33,7 +33,10 @@ def ray_cluster(section: ClusterSection) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": bool(os.environ.get("ATTUNE_ACTOR_LOGS"))}
+    options: dict[str, Any] = {
+        "logging_level": logging.WARNING,
+        "log_to_driver": bool(os.environ.get("ATTUNE_ACTOR_LOGS")),
+    }
     try:
         if address:
             ray.init(address=address, **options)

@@ -55,7 +55,9 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         for depth, parent in enumerate(parents):
             child = node.setdefault(parent, {})
             if not isinstance(child, dict):
-                raise UserError(f"override {key}: {'.'.join(parents[: depth + 1])} is no section, it has the value {child!r}")
+                raise UserError(
+                    f"override {key}: {'.'.join(parents[: depth + 1])} is no section, it has the value {child!r}"
+                )
             node = child
         node[leaf] = value
     return result
@@ -73,7 +75,9 @@ def resolve(tree: Mapping[str, Any], origin: str) -> Config:
 
 
 def save_resolved(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
 
 
 def json_schema() -> dict[str, Any]:
@@ -87,7 +91,9 @@ def _unknown_keys(model: type[BaseModel], tree: Mapping[str, Any], path: tuple[s
         here = (*path, str(key))
         if key not in model.model_fields:
             near = difflib.get_close_matches(str(key), list(model.model_fields), n=1, cutoff=0.5)
-            hint = f"did you mean {'.'.join((*path, near[0]))!r}?" if near else f"allowed: {', '.join(model.model_fields)}"
+            hint = (
+                f"did you mean {'.'.join((*path, near[0]))!r}?" if near else f"allowed: {', '.join(model.model_fields)}"
+            )
             problems.append(f"unknown key {'.'.join(here)!r}: {hint}")
             continue
         section = _section_of(model.model_fields[key].annotation)

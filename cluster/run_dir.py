@@ -50,7 +50,9 @@ class RunDir:
             handle.seek(0)
             owner = handle.read().strip() or "another process"
             handle.close()
-            raise UserError(f"run directory {self.path}: in use by {owner}; stop it first or choose another directory") from error
+            raise UserError(
+                f"run directory {self.path}: in use by {owner}; stop it first or choose another directory"
+            ) from error
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {os.uname().nodename}")
         handle.flush()
@@ -70,7 +72,9 @@ class RunDir:
 
     def last_incarnation(self) -> int:
         """The incarnation of the run's last start; 0 where there was none."""
-        return max((int(event["incarnation"]) for event in read_jsonl(self.events) if event.get("event") == "start"), default=0)
+        return max(
+            (int(event["incarnation"]) for event in read_jsonl(self.events) if event.get("event") == "start"), default=0
+        )
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -84,7 +88,9 @@ class RunDir:
             for group in groups:
                 for sample in group.samples:
                     row = self._map_to_file(step, sample).model_dump(mode="json")
-                    file.write(json.dumps({"step": step, **row, **extra.get(sample.sample_id, {})}, ensure_ascii=False) + "\n")
+                    file.write(
+                        json.dumps({"step": step, **row, **extra.get(sample.sample_id, {})}, ensure_ascii=False) + "\n"
+                    )
 
     def _map_to_file(self, step: int, sample: Sample) -> Sample:
         if sample.attention is None or sample.attention.map is None:
@@ -97,7 +103,9 @@ class RunDir:
         name = sample.sample_id.replace(":", "_").replace("/", "_") + ".safetensors"
         save_file({"map": np.asarray(sample.attention.map, dtype=np.float32)}, directory / name)
         reference = str((directory / name).relative_to(self.path))
-        return sample.model_copy(update={"attention": sample.attention.model_copy(update={"map": None, "map_ref": reference})})
+        return sample.model_copy(
+            update={"attention": sample.attention.model_copy(update={"map": None, "map_ref": reference})}
+        )
 
     def cut_back(self, steps: int) -> None:
         """Removes what belongs to step `steps` and later: they are not in the commit that the run goes on from."""

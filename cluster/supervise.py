@@ -55,11 +55,12 @@ class Supervisor:
     services: list[Running] = field(default_factory=list)
     rollouts: list[Running] = field(default_factory=list)
     learners: list[Running] = field(default_factory=list)
+    others: list[Running] = field(default_factory=list)
     _start_rollout: Callable[[str], Running] | None = None
     _rollouts_ever: int = 0
 
-    def actor(self, cls: type, part: Part, name: str, env: Mapping[str, str], *args: Any, **kwargs: Any) -> Any:
-        """A Ray actor of a plain class, named so that it can be told apart in Ray's own tools."""
+    def actor(self, cls: type, part: Part, env: Mapping[str, str], *args: Any, **kwargs: Any) -> Any:
+        """A Ray actor of a plain class; never restarted by Ray, so that nothing comes back without its state."""
         options: dict[str, Any] = {**part.options(), "runtime_env": {"env_vars": dict(env)}, "max_restarts": 0}
         return self.ray.remote(cls).options(**options).remote(*args, **kwargs)
 
@@ -146,7 +147,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Ends every actor."""
-        for part in [*self.rollouts, *self.services, *self.learners]:
+        for part in [*self.rollouts, *self.services, *self.others, *self.learners]:
             try:
                 self.ray.kill(part.handle, no_restart=True)
             except Exception as error:  # it may be dead already

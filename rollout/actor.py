@@ -10,6 +10,7 @@ failure of infrastructure, ends the actor, and the lease passes to another.
 import asyncio
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from rollout.config import RolloutSection
 from rollout.engine import Engine
@@ -17,8 +18,9 @@ from rollout.prepare import Preparation, group_of, group_seed, prepare, request_
 from services.errors import UserError
 from services.records import Failure, Group, Lease, PolicyVersion
 from services.stream.ledger import Ledger, LoadWeights, Wait
+from services.weights import Corrupt
 
-DATA_ATTEMPTS = 1
+DATA_BUDGET = 0
 """A prompt that does not fit the model will not fit it at a second attempt."""
 
 
@@ -37,7 +39,14 @@ class RolloutLoop:
     """The loop of one actor over one engine. `seed` is the run's."""
 
     def __init__(
-        self, engine: Engine, ledger: Ledger, preparation: Preparation, section: RolloutSection, *, owner: str, seed: int
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        preparation: Preparation,
+        section: RolloutSection,
+        *,
+        owner: str,
+        seed: int,
     ) -> None:
         self._engine = engine
         self._ledger = ledger
@@ -68,8 +77,10 @@ class RolloutLoop:
         started = time.monotonic()
         try:
             self._loaded = await self._engine.load_weights(answer.path)
-        except FileNotFoundError:
-            # A newer version was published while this one was being read: the next lease names it.
+        except (FileNotFoundError, Corrupt):
+            if Path(answer.path).exists():
+                raise
+            # Removed while it was being read, because a newer version was published: the next lease names that one.
             await asyncio.sleep(self._section.poll_s)
         self.counters.busy_s += time.monotonic() - started
 
@@ -80,7 +91,7 @@ class RolloutLoop:
             group = await self._generate(lease)
         except UserError as error:
             failure = Failure(kind="data", code="prompt_refused", message=str(error))
-            await asyncio.to_thread(self._ledger.fail, lease.group_id, lease.attempt, failure, DATA_ATTEMPTS)
+            await asyncio.to_thread(self._ledger.fail, lease.group_id, lease.attempt, failure, DATA_BUDGET)
             return
         finally:
             renewing.cancel()
@@ -115,5 +126,7 @@ class RolloutLoop:
     async def _renew(self, lease: Lease) -> None:
         while True:
             await asyncio.sleep(self._section.lease_s / 3)
-            await asyncio.to_thread(self._ledger.renew, self._owner, lease.group_id, lease.attempt, self._section.lease_s)
+            await asyncio.to_thread(
+                self._ledger.renew, self._owner, lease.group_id, lease.attempt, self._section.lease_s
+            )
             self.counters.renewed += 1

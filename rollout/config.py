@@ -39,13 +39,17 @@ class RolloutSection(Section):
         "`mask` gives its tokens no loss.",
     )
     keep_maps: int = Field(
-        0, ge=0, description="Samples of a group whose dense attention rows are kept in the run directory. 0: they are large."
+        0,
+        ge=0,
+        description="Samples of a group whose dense attention rows are kept in the run directory. 0: they are large.",
     )
     max_batch_rows: int = Field(
         64, ge=1, description="Rows decoded together in evaluation and offline rollouts; bounds memory, not results."
     )
     lease_s: float = Field(
-        300.0, gt=0, description="A lease not renewed for this long (s) is given to another actor. Renewed every third of it."
+        300.0,
+        gt=0,
+        description="A lease not renewed for this long (s) is given to another actor. Renewed every third of it.",
     )
     poll_s: float = Field(0.05, gt=0, description="Pause (s) before an idle actor asks for a lease again.")
 

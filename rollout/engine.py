@@ -104,7 +104,13 @@ class Engine(Protocol):
         ...
 
     async def recompute(
-        self, prompt_ids: Sequence[int], response_ids: Sequence[int], keys: KeySets, *, temperature: float, dense: bool = False
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        keys: KeySets,
+        *,
+        temperature: float,
+        dense: bool = False,
     ) -> Recomputed: ...
 
     async def load_weights(self, manifest_path: str) -> PolicyVersion:

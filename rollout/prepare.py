@@ -4,12 +4,13 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rollout.config import RolloutSection
 from rollout.engine import AttentionRows, Completion, GenerationRequest, KeySets, Sampling
 from services.records import Attention, Group, Lease, PolicyVersion, Prompt, Sample, sample_id_of
-from services.text.config import DataSection, SalienceSection
-from services.text.render import Rendered, Tokenizer, render
+from services.text.config import SalienceSection
+from services.text.render import Rendered, Renderer
 from services.text.salience import Idf, key_positions
 
 
@@ -17,10 +18,13 @@ from services.text.salience import Idf, key_positions
 class Preparation:
     """What turns a prompt into token ids and positions; fixed for a run."""
 
-    tokenizer: Tokenizer
-    data: DataSection
+    renderer: Renderer
     salience: SalienceSection
     idf: Idf | None
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.renderer.tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,11 @@ def prepare(prompt: Prompt, preparation: Preparation) -> PreparedPrompt:
     """Renders the prompt and finds its content and salient positions.
 
     Raises:
-        UserError: the prompt is longer than `data.max_prompt_tokens` and the rule is `fail`.
+        UserError: the prompt is longer than allowed and the rule is `fail`, or its template cannot be followed.
     """
-    rendered = render(prompt, preparation.tokenizer, preparation.data)
-    content, salient, weights = key_positions(rendered, prompt, preparation.salience, preparation.idf)
-    return PreparedPrompt(rendered, KeySets(tuple(content), tuple(salient), tuple(weights)))
+    rendered = preparation.renderer.render(prompt)
+    keys = key_positions(rendered, prompt, preparation.salience, preparation.idf)
+    return PreparedPrompt(rendered, KeySets(keys.content, keys.salient, keys.salient_weights))
 
 
 def sampling_of(section: RolloutSection) -> Sampling:
@@ -58,7 +62,7 @@ def group_seed(run_seed: int, epoch: int, prompt_id: str, step: int) -> int:
 
 def request_of(prepared: PreparedPrompt, sampling: Sampling, seed: int, keep_maps: int) -> GenerationRequest:
     return GenerationRequest(
-        prompt_ids=tuple(prepared.rendered.ids), keys=prepared.keys, sampling=sampling, seed=seed, keep_maps=keep_maps
+        prompt_ids=prepared.rendered.ids, keys=prepared.keys, sampling=sampling, seed=seed, keep_maps=keep_maps
     )
 
 
@@ -67,7 +71,7 @@ def group_of(
     prepared: PreparedPrompt,
     completions: Sequence[Completion],
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     layers: Sequence[int],
     eos_ids: Sequence[int],
     version: PolicyVersion,
@@ -105,7 +109,7 @@ def sample_of(
     index: int,
     prompt_id: str,
     attempt: int,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     layers: Sequence[int],
 ) -> Sample:
     truncated = completion.sampling_logprobs
@@ -116,7 +120,7 @@ def sample_of(
         attempt=attempt,
         policy_versions=completion.versions,
         prompt=prepared.rendered.text,
-        prompt_ids=tuple(prepared.rendered.ids),
+        prompt_ids=prepared.rendered.ids,
         response=tokenizer.decode(list(completion.response_ids), skip_special_tokens=True),
         response_ids=completion.response_ids,
         finish_reason=completion.finish_reason,

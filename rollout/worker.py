@@ -1,6 +1,5 @@
 """What a rollout actor's process holds: an engine, a connection to the ledger, and the loop between them."""
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -9,11 +8,12 @@ from rollout.config import RolloutSection
 from rollout.engine import Engine
 from rollout.prepare import Preparation
 from services.attention.config import CaptureSection
-from services.models import load_tokenizer
+from services.models import load_config, load_tokenizer, max_context_of
 from services.models_config import PolicySection
 from services.stream.connect import connect
 from services.stream.ledger import Ledger
 from services.text.config import DataSection, SalienceSection
+from services.text.render import Renderer
 from services.text.salience import Idf
 
 
@@ -24,8 +24,14 @@ def build_engine(policy: PolicySection, capture: CaptureSection, rollout: Rollou
     return TransformersEngine(policy, capture, threads=rollout.threads, max_batch_rows=rollout.max_batch_rows)
 
 
-def build_preparation(policy: PolicySection, data: DataSection, salience: SalienceSection, idf: Idf | None) -> Preparation:
-    return Preparation(tokenizer=load_tokenizer(policy), data=data, salience=salience, idf=idf)
+def build_renderer(policy: PolicySection, data: DataSection, max_tokens: int) -> Renderer:
+    """Renders prompts for the policy, and leaves `max_tokens` of its context to the response.
+
+    Raises:
+        UserError: the policy's tokenizer or configuration cannot be had, or nothing is left for the prompt.
+    """
+    context = max_context_of(load_config(policy))
+    return Renderer(load_tokenizer(policy), data, None if context is None else context - max_tokens)
 
 
 class RolloutWorker:
@@ -46,10 +52,10 @@ class RolloutWorker:
         seed: int,
         connect_s: float,
     ) -> None:
-        fitted = None if idf is None else Idf.from_json(json.loads(idf))
+        fitted = None if idf is None else Idf.from_json(idf)
         self._engine = build_engine(policy, capture, rollout)
         ledger = Ledger(connect(stream_url, connect_s), run_id)
-        preparation = build_preparation(policy, data, salience, fitted)
+        preparation = Preparation(build_renderer(policy, data, rollout.max_tokens), salience, fitted)
         self._loop = RolloutLoop(self._engine, ledger, preparation, rollout, owner=owner, seed=seed)
 
     async def ready(self) -> None:

@@ -1,5 +1,7 @@
 """Errors that a user meets. Each says what was wrong, where, and what is allowed or what to do."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake in what was asked (usage, configuration, data): printed without a traceback, exit code 2."""
@@ -20,3 +22,11 @@ class Deadline(Exception):
         self.waited_for = waited_for
         self.who = who
         self.seconds = seconds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle by their positional arguments; this one has none, and it crosses Ray's process boundaries.
+        return _deadline, (self.waited_for, self.who, self.seconds)
+
+
+def _deadline(waited_for: str, who: str, seconds: float) -> Deadline:
+    return Deadline(waited_for=waited_for, who=who, seconds=seconds)

@@ -1,0 +1,122 @@
+"""The actors that serve a run beside the learner: reward server, scoring workers, rollout actors."""
+
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cluster.config import Config
+from cluster.plan import Part
+from cluster.supervise import Running, Supervisor
+from reward_server.client import RewardClient
+from reward_server.config import RewardSection
+from reward_server.serve import RewardServer
+from reward_server.worker import ScoringWorker
+from rollout.worker import RolloutWorker
+from services.stream.connect import connect
+from services.stream.ledger import Ledger
+
+THIN = {"OMP_NUM_THREADS": "1"}
+
+
+class ScoringActor:
+    """What a scoring worker's process holds: a client of the reward server, a connection to the ledger, and the loop."""
+
+    def __init__(
+        self,
+        section: RewardSection,
+        *,
+        url: str,
+        token: str | None,
+        stream_url: str,
+        run_id: str,
+        min_ok: int,
+        name: str,
+        connect_s: float,
+    ) -> None:
+        client = RewardClient(url, token, section.worker.timeout_s)
+        ledger = Ledger(connect(stream_url, connect_s), run_id)
+        self._worker = ScoringWorker(ledger, client, section.worker, min_ok, consumer=name)
+
+    async def run(self) -> None:
+        await self._worker.run()
+
+
+def start_rewards(
+    supervisor: Supervisor,
+    parts: Mapping[str, Part],
+    config: Config,
+    stream_url: str,
+    run_id: str,
+    tick: Callable[[], None],
+) -> None:
+    """Starts the run's reward server, with a token of its own, and the workers that bring it the samples.
+
+    Where the recipe names a server (`reward.url`), the workers go to that one and none is started.
+    """
+    url, token = config.reward.worker.url, config.reward.worker_token()
+    if url is None:
+        token = secrets.token_hex(32)
+        server = supervisor.actor(RewardServer, parts["reward_server"], THIN, config.reward, token=token)
+        url = supervisor.wait(
+            [server.start.remote()],
+            ["reward server"],
+            what="the reward server to start",
+            seconds=config.cluster.start_s,
+            tick=tick,
+        )[0]
+        supervisor.others.append(Running("reward server", server))
+    for index in range(parts["scoring_worker"].count):
+        name = f"scoring-{index}"
+        worker = supervisor.actor(
+            ScoringActor,
+            parts["scoring_worker"],
+            THIN,
+            config.reward,
+            url=url,
+            token=token,
+            stream_url=stream_url,
+            run_id=run_id,
+            min_ok=config.min_ok_samples,
+            name=name,
+            connect_s=config.stream.connect_timeout_s,
+        )
+        supervisor.services.append(Running(name, worker, worker.run.remote()))
+
+
+def start_rollouts(
+    supervisor: Supervisor,
+    part: Part,
+    config: Config,
+    idf: str | None,
+    stream_url: str,
+    run_id: str,
+    tick: Callable[[], None],
+) -> None:
+    """Starts the rollout actors and waits until their engines stand: a model that cannot be loaded is met here."""
+    environment = {"OMP_NUM_THREADS": str(config.rollout.threads), "TOKENIZERS_PARALLELISM": "false"}
+
+    def start(owner: str) -> Running:
+        arguments: dict[str, Any] = {
+            "policy": config.policy,
+            "capture": config.attention,
+            "rollout": config.rollout,
+            "data": config.data,
+            "salience": config.salience,
+            "idf": idf,
+            "stream_url": stream_url,
+            "run_id": run_id,
+            "owner": owner,
+            "seed": config.run.seed,
+            "connect_s": config.stream.connect_timeout_s,
+        }
+        handle = supervisor.actor(RolloutWorker, part, environment, **arguments)
+        return Running(owner, handle, handle.run.remote())
+
+    supervisor.start_rollouts(part.count, start)
+    supervisor.wait(
+        [rollout.handle.ready.remote() for rollout in supervisor.rollouts],
+        [rollout.name for rollout in supervisor.rollouts],
+        what="the rollout actors to build their engines",
+        seconds=config.cluster.start_s,
+        tick=tick,
+    )

@@ -1,0 +1,149 @@
+"""`attune quickstart`: data -> small policy -> fine-tuning -> RL through the whole service -> evaluation -> a table.
+
+Each stage leaves its result in the run directory and is passed over where that stands there already, so that a quickstart
+that was stopped goes on when it is called again.
+"""
+
+import json
+import shutil
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from rich.console import Console
+
+from cluster.config import Config
+from cluster.driver import train
+from cluster.evaluation_command import comparison, measure, with_model
+from cluster.evaluation_prompts import evaluation_prompts
+from cluster.evaluation_result import EvaluationResult, load_result
+from cluster.evaluation_table import comparison_table
+from cluster.fine_tuning import fine_tune
+from cluster.recipe import apply_overrides, read_yaml, resolve
+from cluster.run_dir import write_atomically
+from cluster.small_model import build_small_policy
+from cluster.training_data import load_training_data
+from rollout.worker import build_engine
+from services.errors import UserError
+from services.text.tokenizer import train_tokenizer
+
+Family = Literal["decoder", "encoder-decoder"]
+RECIPES = {"decoder": "cagsr-qa.yaml", "encoder-decoder": "cagsr-qa-t5.yaml"}
+VOCABULARY = 4096
+
+
+def quickstart(run_dir: Path, *, steps: int | None, engine: str, family: str, console: Console) -> int:
+    """Runs every stage that has not been run, prints the comparison and returns the exit code.
+
+    Raises:
+        UserError: an unknown family or engine.
+    """
+    if family not in RECIPES:
+        raise UserError(f"--family {family}: allowed are {', '.join(RECIPES)}")
+    began = time.monotonic()
+    base, tuned = run_dir / "base", run_dir / "sft"
+    recipe = find_recipe(RECIPES[family])
+    overrides = [f"policy.model={tuned}", f"rollout.engine={engine}"] + (
+        [] if steps is None else [f"run.steps={steps}"]
+    )
+    config = resolve(apply_overrides(read_yaml(recipe), overrides), str(recipe))
+
+    def stage(name: str, result: Path, make: Callable[[Path], str]) -> None:
+        if result.exists():
+            console.print(f"[bold]{name}[/bold]: {result} is there already", highlight=False)
+            return
+        partial = result.with_name(result.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        started = time.monotonic()
+        console.print(f"[bold]{name}[/bold] ...", highlight=False)
+        done = make(partial)
+        partial.rename(result)
+        console.print(f"  {done} ({time.monotonic() - started:.0f} s)", highlight=False)
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    stage("Building a small policy", base, lambda out: _build(config, cast(Family, family), out))
+    stage("Fine-tuning on the training questions", tuned, lambda out: _tune(config, base, out, console))
+    data = load_training_data(config)
+    prompts = evaluation_prompts(config, data, "test", config.evaluation.prompts)
+    before = _evaluated(run_dir / "evaluation-before.json", config, tuned, prompts, "fine-tuned", console)
+    console.print("[bold]Reinforcement learning[/bold] through the whole service ...", highlight=False)
+    outcome = train(config, run_dir, resume="auto", console=console)
+    if outcome.stopped:
+        console.print(f"Stopped by {outcome.stopped}; call it again to go on.", highlight=False)
+        return 4 if outcome.has_commit else 1
+    after = _evaluated(run_dir / "evaluation-after.json", config, run_dir / "policy", prompts, "after RL", console)
+    rescored = _rescored(run_dir / "evaluation-rescored.json", config, tuned, after)
+    console.print(comparison_table(before, after, rescored))
+    write_atomically(
+        run_dir / "comparison.json", json.dumps(comparison(before, after, rescored), indent=1, allow_nan=False) + "\n"
+    )
+    console.print(
+        f"Done in {time.monotonic() - began:.0f} s. Run directory: {run_dir}; the policy: {run_dir / 'policy'}",
+        highlight=False,
+    )
+    return 0
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe of ours: beside the sources in a checkout, under share/attune of an installation.
+
+    Raises:
+        UserError: it is at neither place.
+    """
+    places = [
+        Path(__file__).resolve().parent.parent / "recipes",
+        Path(sysconfig.get_path("data")) / "share/attune/recipes",
+    ]
+    for place in places:
+        if (place / name).exists():
+            return place / name
+    raise UserError(f"recipe {name}: not found in {' or '.join(str(place) for place in places)}")
+
+
+def _build(config: Config, family: Family, out: Path) -> str:
+    splits = load_training_data_rows(config)
+    tokenizer = train_tokenizer(splits, VOCABULARY, family)
+    parameters = build_small_policy(tokenizer, family, out, seed=config.run.seed)
+    return f"{parameters / 1e6:.1f} million parameters, a vocabulary of {len(tokenizer)}"
+
+
+def load_training_data_rows(config: Config) -> list[str]:
+    """The texts of the training split, prompts and references: what a tokenizer may be trained on."""
+    from services.text.sources import load_prompts
+
+    texts: list[str] = []
+    for prompt in load_prompts(config.data).train:
+        texts += [prompt.text or ""] + ([prompt.reference] if prompt.reference else [])
+    return texts
+
+
+def _tune(config: Config, base: Path, out: Path, console: Console) -> str:
+    result = fine_tune(with_model(config, base), out, console=console)
+    return f"validation loss {result.validation_loss:.3f} a token"
+
+
+def _evaluated(
+    file: Path, config: Config, model: Path, prompts: list[Any], label: str, console: Console
+) -> EvaluationResult:
+    if file.exists():
+        return load_result(file)
+    console.print(f"[bold]Evaluating[/bold] {label} ...", highlight=False)
+    own = with_model(config, model)
+    result = measure(own, build_engine(own.policy, own.attention, own.rollout), prompts, label=label, console=console)
+    result.save(file)
+    return result
+
+
+def _rescored(file: Path, config: Config, start: Path, after: EvaluationResult) -> EvaluationResult:
+    import asyncio
+
+    from cluster.evaluate import rescore
+
+    if file.exists():
+        return load_result(file)
+    own = with_model(config, start)
+    result = asyncio.run(rescore(build_engine(own.policy, own.attention, own.rollout), after))
+    result.save(file)
+    return result

@@ -1,0 +1,105 @@
+"""What tests of several rooms share: a tiny policy and its prompts, and one Ray cluster for the whole session."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+CITIES = ("Paris", "Rome", "Oslo", "Bern", "Cairo", "Lima", "Quito", "Delhi", "Tokyo", "Seoul", "Accra", "Dakar")
+PHRASES = ("Where is {} on the map?", "Tell me about the old town of {}.", "Which river runs through {}?")
+
+
+def questions() -> list[dict[str, str]]:
+    """36 prompts with references, all different."""
+    return [
+        {"prompt": phrase.format(city), "response": f"{city} is a city, and {city} is large."}
+        for phrase in PHRASES
+        for city in CITIES
+    ]
+
+
+@pytest.fixture(scope="session")
+def questions_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in questions()), encoding="utf-8")
+    return path
+
+
+def _tiny_policy(directory: Path, family: Any) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    from services.text.tokenizer import train_tokenizer
+
+    texts = [text for row in questions() for text in row.values()]
+    tokenizer = train_tokenizer(texts, 320, family)
+    torch.manual_seed(7)
+    special = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if family == "decoder":
+        model: Any = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=96,
+                bos_token_id=tokenizer.bos_token_id,
+                tie_word_embeddings=True,
+                **special,
+            )
+        )
+    else:
+        model = T5ForConditionalGeneration(
+            T5Config(
+                d_model=32,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=4,
+                dropout_rate=0.0,
+                decoder_start_token_id=tokenizer.pad_token_id,
+                **special,
+            )
+        )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _tiny_policy(tmp_path_factory.mktemp("tiny-decoder"), "decoder")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _tiny_policy(tmp_path_factory.mktemp("tiny-encoder-decoder"), "encoder-decoder")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[str]:
+    """The address of the session's Ray cluster; token authentication is on, as in a run of its own."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    import ray
+
+    context: Any = ray.init(
+        address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False
+    )
+    yield str(context.address_info["address"])
+    ray.shutdown()

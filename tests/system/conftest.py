@@ -1,0 +1,71 @@
+"""Runs of the whole service: real Ray, DeepSpeed, Redis and HTTP, a tiny policy, the command line as a user calls it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+Recipe = Callable[..., Path]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_decoder: Path, questions_file: Path) -> Recipe:
+    """Writes a recipe for the tiny policy; `overrides` are sections laid over it."""
+
+    def write(**overrides: dict[str, object]) -> Path:
+        tree: dict[str, dict[str, object]] = {
+            "run": {"seed": 3, "epochs": 1, "groups_per_step": 4, "trackers": []},
+            "data": {"source": str(questions_file)},
+            "salience": {"content": "user"},
+            "policy": {"model": str(tiny_decoder)},
+            "rollout": {"samples": 2, "max_tokens": 8, "actors": 2, "poll_s": 0.02},
+            "reward": {"sources": {"attention": {"kind": "attention", "preset": "comparable"}}},
+            "learner": {"lr": 1e-3, "value_lr": 1e-3, "ranks": 2},
+            "checkpoint": {"every": 2, "keep": 0},
+            "cluster": {"start_s": 120, "batch_s": 60, "step_s": 60},
+        }
+        for name, section in overrides.items():
+            tree[name] = {**tree.get(name, {}), **section}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def start(ray_session: str) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `attune ARGUMENTS` as a process of its own that joins the session's cluster."""
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "RAY_ADDRESS": ray_session}
+        return subprocess.Popen(
+            [sys.executable, "-m", "cluster", *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.fixture
+def attune(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., tuple[int, str]]:
+    """Runs `attune ARGUMENTS` to its end; (exit code, what it printed)."""
+
+    def run(*arguments: str, timeout: float = 240) -> tuple[int, str]:
+        process = start(*arguments)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            pytest.fail(f"attune {' '.join(arguments)} did not end within {timeout:g} s:\n{output}")
+        return process.returncode, output
+
+    return run
