@@ -94,6 +94,7 @@ def test_a_full_redis_refuses_whole_calls(tmp_path: Path, new_desk: Any) -> None
         desk = new_desk(Ledger(client, "run"))
         desk.fill(3)
         first, second = desk.lease(), desk.lease()
+        assert desk.ledger.read_generated("scorer", 9, 1, 60_000) == []
         assert desk.ledger.put_generated(desk.group_of(first))
         client.config_set("maxmemory", "1")
         before = desk.ledger.counts()

@@ -1,0 +1,350 @@
+"""The ledger on a real Redis against a model in Python, in any order of events, with crashes between any two of them.
+
+The model is what the design says, in dictionaries: one state a group, lease order, attempts, the admission limit. After
+every event the two agree on every group, and the streams hold exactly what the states say.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from services.records import Failure, Group, Lease, PolicyVersion
+from services.stream.ledger import Ledger, LoadWeights, Wait
+
+SIZE = 2
+DATA_BUDGET, INFRA_BUDGET = 1, 2
+PROMPTS_AN_EPOCH = 7
+
+
+@dataclass
+class Known:
+    """What the model knows of one group."""
+
+    order: int
+    state: str = "pending"
+    attempt: int = 0
+    owner: str | None = None
+    expired: bool = False
+    payload: bool = False
+    entry: bool = False
+    step: int | None = None
+    version: PolicyVersion | None = None
+    failures: dict[str, int] = field(default_factory=lambda: {"infra": 0, "data": 0})
+
+
+def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
+    infra, data = desk_type.INFRA, desk_type.DATA
+
+    class LedgerMachine(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ledger = Ledger(client, f"model-{uuid4().hex[:12]}")
+            self.desk = desk_type(self.ledger)
+            self.groups: dict[str, Known] = {}
+            self.version: PolicyVersion | None = None
+            self.incarnation, self.step, self.limit, self.epochs = 0, 0, 0, 0
+            self.leases: list[tuple[Lease, PolicyVersion]] = []  # ever given: any may be answered, at any time
+            self.read: list[tuple[str, Group]] = []  # ever read by a scorer: any may be scored, at any time
+            self.manifest: dict[int, list[str]] = {}  # on the disk
+            self.failed_in_manifest: dict[str, Failure] = {}
+            self.trained: dict[int, list[str]] = {}  # in the learner's memory
+
+        def teardown(self) -> None:
+            self.ledger.flush()
+
+        # the model
+
+        def among(self, *states: str) -> list[str]:
+            return sorted((i for i, g in self.groups.items() if g.state in states), key=lambda i: self.groups[i].order)
+
+        def admitted(self) -> int:
+            return len(self.among("leased", "generated", "scored", "consumed", "committed"))
+
+        def to(self, group_id: str, state: str) -> None:
+            group = self.groups[group_id]
+            group.state, group.owner, group.expired = state, None, False
+            if state in ("pending", "committed", "failed"):
+                group.entry = False
+            if state in ("pending", "scored", "failed"):
+                group.step = None
+            if state in ("committed", "failed"):
+                group.payload = False
+
+        # events
+
+        @initialize()
+        def first_epoch(self) -> None:
+            self.register_epoch()
+            self.start_learner()
+
+        def register_all(self) -> None:
+            for epoch in range(self.epochs):
+                base = epoch * PROMPTS_AN_EPOCH
+                self.ledger.register(epoch, [(f"{epoch}:p{n}", base + n) for n in range(PROMPTS_AN_EPOCH)])
+
+        @precondition(lambda self: self.epochs < 3)
+        @rule()
+        def register_epoch(self) -> None:
+            base = self.epochs * PROMPTS_AN_EPOCH
+            for n in range(PROMPTS_AN_EPOCH):
+                self.groups[f"{self.epochs}:p{n}"] = Known(order=base + n)
+            self.epochs += 1
+            self.register_all()
+
+        @rule(count=st.integers(1, 6))
+        def attach(self, count: int) -> None:
+            missing = self.ledger.missing_payload(count)
+            assert missing == [i for i in self.among("pending") if not self.groups[i].payload][:count]
+            self.ledger.attach({group_id: self.desk.prompt_of(group_id) for group_id in missing})
+            for group_id in missing:
+                self.groups[group_id].payload = True
+
+        def start_learner(self) -> None:
+            self.step = len(self.manifest)
+            self.trained = {}
+            self.open_gate()
+
+        def open_gate(self) -> None:
+            self.version = PolicyVersion(self.incarnation, self.step)
+            self.limit = (1 + self.step + 1) * SIZE
+            self.ledger.open_gate(self.version, f"w{self.step}", self.limit)
+
+        @rule(owner=st.sampled_from("abc"), current=st.sampled_from([True, True, True, False]), lives=st.booleans())
+        def lease(self, owner: str, current: bool, lives: bool) -> None:
+            assert self.version is not None
+            loaded = self.version if current else PolicyVersion(self.incarnation, self.step - 1)
+            answer = self.ledger.lease(owner, loaded, 3600 if lives else 0)
+            pending = self.among("pending")
+            if not current:
+                assert answer == LoadWeights(self.version, f"w{self.step}")
+            elif not pending:
+                assert answer == Wait("empty")
+            elif self.admitted() >= self.limit:
+                assert answer == Wait("gate")
+            elif not self.groups[pending[0]].payload:
+                assert answer == Wait("no_payload")
+            else:
+                group = self.groups[pending[0]]
+                self.to(pending[0], "leased")
+                group.attempt += 1
+                group.owner, group.expired, group.version = owner, not lives, self.version
+                assert isinstance(answer, Lease)
+                assert (answer.group_id, answer.attempt, answer.order) == (pending[0], group.attempt, group.order)
+                self.leases.append((answer, self.version))
+
+        @rule()
+        def generate_all(self) -> None:
+            """What mostly happens, so that batches come about: everyone leases, answers and scores."""
+            for _ in range(4):
+                self.attach(4)
+                self.lease("a", True, True)
+            for index, (lease, _) in enumerate(self.leases):
+                known = self.groups[lease.group_id]
+                if known.state == "leased" and known.attempt == lease.attempt:
+                    self.answer_nth(index)
+            self.score_new(9)
+
+        @precondition(lambda self: self.leases)
+        @rule(data=st.data())
+        def answer(self, data: st.DataObject) -> None:
+            self.answer_nth(data.draw(st.integers(max(0, len(self.leases) - 6), len(self.leases) - 1)))
+
+        def answer_nth(self, index: int) -> None:
+            lease, version = self.leases[index]
+            group = self.groups[lease.group_id]
+            assert group.version is not None or group.state != "leased"
+            due = group.state == "leased" and group.attempt == lease.attempt and version >= (group.version or version)
+            assert self.ledger.put_generated(self.desk.group_of(lease, version)) == due
+            if due:
+                self.to(lease.group_id, "generated")
+                group.entry, group.version = True, version
+
+        @rule(count=st.integers(1, 3), dead=st.booleans())
+        def read_some(self, count: int, dead: bool) -> None:
+            """A scorer reads, and (for now) does nothing with it; with `dead`, it takes over what others held."""
+            self.read += self.ledger.read_generated("reader", count, 1, 0 if dead else 3_600_000)
+
+        def score_new(self, count: int) -> None:
+            for entry in self.ledger.read_generated("reader", count, 1, 0):
+                self.read.append(entry)
+                self.score_one(*entry)
+
+        @precondition(lambda self: self.read)
+        @rule(data=st.data())
+        def score(self, data: st.DataObject) -> None:
+            self.score_one(*data.draw(st.sampled_from(self.read[-6:])))
+
+        def score_one(self, entry: str, group: Group) -> None:
+            known = self.groups[group.group_id]
+            due = known.state == "generated" and known.attempt == group.attempt and known.version == group.version
+            assert self.ledger.put_scored(entry, self.desk.scored(group)) == due
+            if due:
+                self.to(group.group_id, "scored")
+                known.entry = True
+
+        @precondition(lambda self: self.leases)
+        @rule(data=st.data(), failure=st.sampled_from([infra, data]))
+        def fail(self, data: st.DataObject, failure: Failure) -> None:
+            lease, _ = data.draw(st.sampled_from(self.leases[-6:]))
+            budget = DATA_BUDGET if failure.kind == "data" else INFRA_BUDGET
+            group = self.groups[lease.group_id]
+            said = self.ledger.fail(lease.group_id, lease.attempt, failure, budget)
+            if group.state not in ("leased", "generated") or group.attempt != lease.attempt:
+                assert said == "late"
+                return
+            group.failures[failure.kind] += 1
+            assert said == ("failed" if group.failures[failure.kind] > budget else "pending")
+            self.to(lease.group_id, said)
+
+        @rule()
+        def expire(self) -> None:
+            due = {i for i in self.among("leased") if self.groups[i].expired}
+            assert set(self.ledger.expire_leases()) == due
+            for group_id in due:
+                self.to(group_id, "pending")
+
+        @rule(owner=st.sampled_from("abc"))
+        def release(self, owner: str) -> None:
+            held = [i for i in self.among("leased") if self.groups[i].owner == owner]
+            assert self.ledger.release(owner) == held
+            for group_id in held:
+                self.to(group_id, "pending")
+
+        @rule(final=st.booleans(), strict=st.booleans())
+        def train(self, final: bool, strict: bool) -> None:
+            """The learner asks for its batch; with `strict`, no group may be older than one step."""
+            oldest = self.step - 1 if strict else None
+            got = self.ledger.take(self.step, SIZE, final=final, oldest_step=oldest)
+            batch = self.among("scored")[:SIZE]
+            old = [i for i in batch if oldest is not None and self.groups[i].version[1] < oldest]  # pyright: ignore[reportOptionalSubscript]
+            unscored = self.among("pending", "leased", "generated")
+            last = self.groups[batch[-1]].order if len(batch) == SIZE else None
+            blocked = any(last is None or self.groups[i].order < last for i in unscored)
+            if old:
+                assert got is None
+                for group_id in old:
+                    self.to(group_id, "pending")
+            elif blocked or (last is None and not final):
+                assert got is None
+            else:
+                assert got == batch
+                if not batch:
+                    return
+                for group_id in batch:
+                    self.to(group_id, "consumed")
+                    self.groups[group_id].step = self.step
+                assert self.ledger.take(self.step, SIZE) == batch
+                assert [group.group_id for group in self.ledger.fetch(batch)] == batch
+                self.trained[self.step] = batch
+                self.step += 1
+                self.open_gate()
+
+        def write_manifest(self) -> None:
+            self.manifest |= self.trained
+            why = Failure(kind="data", code="noted", message="in the manifest")
+            self.failed_in_manifest = dict.fromkeys(self.among("failed"), why)
+
+        @precondition(lambda self: self.trained)
+        @rule(marked=st.integers(0, 3))
+        def commit(self, marked: int) -> None:
+            """With `marked` 3 to the end; else the driver dies after it has marked so many groups in the ledger."""
+            self.write_manifest()
+            if marked == 3:
+                for _ in range(2):
+                    self.ledger.commit(self.manifest)
+                for groups in self.manifest.values():
+                    for group_id in groups:
+                        step = self.groups[group_id].step
+                        self.to(group_id, "committed")
+                        self.groups[group_id].step = step
+                self.trained = {}
+            else:
+                some = [(step, i) for step, groups in self.manifest.items() for i in groups][-marked:] if marked else []
+                for step, group_id in some:
+                    self.ledger.commit({step: [group_id]})
+                self.crash(False)
+
+        @rule(emptied=st.sampled_from([False, False, True]))
+        def crash(self, emptied: bool) -> None:
+            """Everything but the disk is gone; with `emptied`, Redis too. The run starts again from the manifest."""
+            if emptied:
+                self.ledger.flush()
+                for group in self.groups.values():
+                    group.__dict__.update(Known(group.order).__dict__)
+            self.register_all()
+            self.ledger.reconcile(self.manifest, self.failed_in_manifest)
+            for group_id in self.among("consumed"):
+                self.to(group_id, "scored")
+            for group_id in self.among("leased"):
+                self.to(group_id, "pending")
+            for step, groups in self.manifest.items():
+                for group_id in groups:
+                    self.to(group_id, "committed")
+                    self.groups[group_id].step = step
+            for group_id in self.failed_in_manifest:
+                self.to(group_id, "failed")
+            self.incarnation += 1
+            self.start_learner()
+
+        # what must hold after every event
+
+        @invariant()
+        def agree(self) -> None:
+            counts = self.ledger.counts()
+            assert sum(counts.values()) == len(self.groups)
+            for state, number in counts.items():
+                rows = list(self.ledger.list(state))  # pyright: ignore[reportArgumentType]
+                assert [row.group_id for row in rows] == self.among(state)
+                assert number == len(rows)
+                for row in rows:
+                    known = self.groups[row.group_id]
+                    assert (row.order, row.attempt, row.owner) == (known.order, known.attempt, known.owner)
+                    assert row.step == known.step
+                    assert (row.failure is not None) >= (state == "failed")
+
+        @invariant()
+        def streams_hold_what_the_states_say(self) -> None:
+            prefix = self.ledger._prefix
+            assert client.xlen(f"{prefix}stream:generated") == len(self.among("generated"))
+            assert client.xlen(f"{prefix}stream:scored") == len(self.among("scored", "consumed"))
+            hashes = [key.decode() for key in client.scan_iter(match=prefix + "group:*", count=1000)]
+            assert len(hashes) == len(self.groups)
+            for key in hashes:
+                known = self.groups[key.removeprefix(prefix + "group:")]
+                fields = client.hmget(key, "state", "entry", "prompt")
+                assert fields[0] == known.state.encode()
+                assert (fields[1] is not None, fields[2] is not None) == (known.entry, known.payload)
+
+        @invariant()
+        def once_and_never_too_many(self) -> None:
+            all_of_it = [i for groups in (self.manifest | self.trained).values() for i in groups]
+            assert len(all_of_it) == len(set(all_of_it))
+            assert self.admitted() <= self.limit
+            orders = [self.groups[i].order for groups in self.manifest.values() for i in groups]
+            assert orders == sorted(orders)  # batches are taken in lease order, crashes or not
+
+    return LedgerMachine
+
+
+def test_the_ledger_is_its_model(client: redis.Redis, new_desk: Any) -> None:
+    run_state_machine_as_test(
+        machine(client, new_desk),
+        settings=settings(
+            max_examples=int(__import__("os").environ.get("EX","60")),
+            stateful_step_count=40,
+            deadline=None, phases=[__import__("hypothesis").Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
