@@ -4,6 +4,7 @@ The losses that come in are sums over this rank's micro-batch divided by counts 
 an update does not depend on how a minibatch is cut. DeepSpeed averages gradients over the ranks; they are to be added.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,15 @@ from learner.zero import deepspeed_config
 
 # DeepSpeed calls collectives under the names torch has just renamed, and torch warns at every call.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*is deprecated", category=FutureWarning)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    # The policy's output is a dataclass, which ZeRO-3 does not look into; it has no need to, for `PolicyWithValue` owns
+    # no parameter itself, and the modules that do return tensors.
+    return "unknown inputs or outputs type" not in record.getMessage()
+
+
+logging.getLogger("DeepSpeed").addFilter(_worth_saying)
 
 
 class NonFinite(Exception):  # noqa: N818 - reads as what it says where it is raised
