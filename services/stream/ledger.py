@@ -8,9 +8,10 @@ Invariants, and where each is kept:
    truth; the ledger is its projection, made so by `reconcile` at every start, before any lease. A group stays in the
    stream until a commit contains it; a group is committed in one step.
 2. One (group_id, attempt) is accepted: a lease raises the attempt, an answer with another one is dropped and counted.
-3. Groups are leased in their order, only while those admitted and not failed are fewer than the gate's limit, and only
-   to an owner that has loaded the gate's version. A batch is the next groups in that order: none is overtaken, a failed
-   one is replaced by the next leased. Groups older than allowed are generated again and counted, never trained on.
+3. Groups are leased in their order, only while those before them that have not failed are fewer than the gate's limit,
+   and only to an owner that has loaded the gate's version. A batch is the next groups in that order: none is overtaken,
+   a failed one is replaced by the next leased. Groups older than allowed are generated again and counted, never trained
+   on.
 
 A call whose reply was lost is sent again with the same token and gets the reply it had: nothing happens twice.
 What crosses is msgpack and JSON. Keys begin with `attune:{RUN}:`; core commands of Redis 6.2 only.

@@ -135,3 +135,16 @@ def test_scored_samples_that_are_lost_are_generated_again(desk: Any, client: red
     ledger.open_gate(V1, "w", 3)
     desk.make_scored(3, V1)
     assert ledger.take(0, 3) == ids
+
+
+def test_a_lost_low_group_is_not_kept_out_by_the_later_ones_of_before_the_crash(desk: Any) -> None:
+    """The run goes back to step 0, where fewer may be admitted than are there already."""
+    ids = desk.fill(8)
+    ledger: Ledger = desk.ledger
+    desk.make_scored(8)
+    (entry,) = ledger._calls.command("HMGET", f"{ledger._prefix}group:{ids[1]}", "entry")
+    ledger._calls.command("XDEL", f"{ledger._prefix}stream:scored", entry)
+    ledger.reconcile({}, {})
+    ledger.open_gate(V1, "w", 2)
+    desk.make_scored(1, V1)
+    assert ledger.take(0, 2) == ids[:2]

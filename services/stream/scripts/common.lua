@@ -77,13 +77,3 @@ local function create(id, epoch, order, state)
 end
 
 local function state_of(id) return redis.call('HGET', group_key(id), 'state') end
-
--- Groups that have been admitted and have not failed: what the admission limit of invariant 3 bounds. A group that
--- went back to pending is not counted here, and is leased again before any new one, being lower in order.
-local function admitted()
-  local n = 0
-  for _, state in ipairs({ 'leased', 'generated', 'scored', 'consumed', 'committed' }) do
-    n = n + redis.call('ZCARD', state_key(state))
-  end
-  return n
-end

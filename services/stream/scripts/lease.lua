@@ -16,8 +16,17 @@ if ARGV[3] ~= gate[1] or ARGV[4] ~= gate[2] then return { 'load', gate[1], gate[
 
 local id = redis.call('ZRANGE', state_key('pending'), 0, 0)[1]
 if not id then return { 'wait', 'empty' } end
-if admitted() >= tonumber(gate[4]) then return { 'wait', 'gate' } end
 local key = group_key(id)
+
+-- Admitted, and not failed: all of the lower ones, since none of them is pending. The group's place among those that can
+-- be trained decides, not how many are under way: after a restart the run stands at an earlier step with later groups
+-- already there, and a lower one that was lost must not wait for room behind them.
+local lower = '(' .. redis.call('HGET', key, 'order')
+local admitted = 0
+for _, state in ipairs({ 'leased', 'generated', 'scored', 'consumed', 'committed' }) do
+  admitted = admitted + redis.call('ZCOUNT', state_key(state), '-inf', lower)
+end
+if admitted >= tonumber(gate[4]) then return { 'wait', 'gate' } end
 if redis.call('HEXISTS', key, 'prompt') == 0 then return { 'wait', 'no_payload' } end
 
 local expires = text(now_ms() + ttl)
