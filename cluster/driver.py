@@ -30,6 +30,7 @@ from cluster.parts import start_rewards, start_rollouts
 from cluster.plan import nodes_of_ray, parts_of, place
 from cluster.progress import RunProgress
 from cluster.ray_runtime import ray_cluster
+from cluster.recipe import save_resolved
 from cluster.run_dir import RunDir, read_jsonl
 from cluster.signals import Stopped, StopRequest, stop_request
 from cluster.summary import write_summary
@@ -87,6 +88,8 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             place(list(parts_of(config).values()), nodes_of_ray(ray.nodes()))
             stop = stack.enter_context(stop_request())
             weights_dir = stack.enter_context(shared_weights(config, history.run_id))
+            run.cut_back(history.steps_done)
+            save_resolved(config, run.config)
             run.event("start", run_id=history.run_id, incarnation=history.incarnation, step=history.steps_done)
             supervisor = Supervisor(ray, run, ledger, config.cluster.restarts, config.cluster.start_s)
             stack.callback(supervisor.stop)
@@ -95,7 +98,8 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
                 ledger.flush()  # an older commit was asked for: what came after it is generated again
             return training.run_to_the_end()
     except Exception as error:
-        run.event("ended", error=f"{type(error).__name__}: {error}")
+        if run.events.exists():
+            run.event("ended", error=f"{type(error).__name__}: {error}")
         raise
     finally:
         run.unlock()

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from cluster.config import Config
-from cluster.recipe import save_resolved
 from cluster.run_dir import RunDir
 from learner.commit import Commit, latest_committed, read_commit
 from services.errors import UserError
@@ -56,7 +55,7 @@ class History:
 
 
 def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> History:
-    """Decides what the run goes on from, and cuts the run directory back to it.
+    """Decides what the run goes on from; changes nothing yet.
 
     `resume` is `auto` (the newest valid commit, or the beginning), `never` (a new run in an empty directory), or the path of
     a committed checkpoint of this run.
@@ -64,7 +63,7 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
     Raises:
         UserError: `never` with a run there already, a checkpoint that is not one, or a recipe that this run cannot go on with.
     """
-    exists = run.config.exists()
+    exists = run.last_incarnation() > 0
     if resume == "never" and exists:
         raise UserError(
             f"run directory {run.path}: holds a run already; --resume auto goes on with it, or choose another"
@@ -90,8 +89,6 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
         history.best = dict(manifest["best"])
         history.checkpoint = commit.path
         history.committed_steps = history.steps_done
-    run.cut_back(history.steps_done)
-    save_resolved(config, run.config)
     return history
 
 

@@ -1,0 +1,121 @@
+"""Invariant 5: the same run twice, and a run that was stopped or killed and resumed, give the same weights bit for bit and
+the same metrics; one step ahead, every group is accounted for after the same.
+"""
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.commit import latest_committed
+from services.telemetry import NONDETERMINISTIC
+
+Attune = Callable[..., tuple[int, str]]
+Start = Callable[..., subprocess.Popen[str]]
+Recipe = Callable[..., Path]
+
+
+def reproducible(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in NONDETERMINISTIC} for line in lines]
+
+
+def weights(run: Path) -> str:
+    return hashlib.sha256((run / "policy" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def interrupt(start: Start, recipe: Path, run: Path, at_step: int, number: signal.Signals) -> tuple[int, str]:
+    """Starts a run and sends it a signal soon after `at_step` lines of metrics; (exit code, output)."""
+    process = start("train", str(recipe), "--run-dir", str(run))
+    end = time.monotonic() + 200
+    metrics = run / "metrics.jsonl"
+    while time.monotonic() < end and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) >= at_step:
+            break
+        time.sleep(0.02)
+    time.sleep(random.random() * 0.3)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+@pytest.fixture
+def uninterrupted(attune: Attune, recipe: Recipe, tmp_path: Path) -> Path:
+    run = tmp_path / "uninterrupted"
+    code, output = attune("train", str(recipe()), "--run-dir", str(run))
+    assert code == 0, output
+    return run
+
+
+def test_stopped_and_killed_runs_go_on_bit_for_bit(
+    uninterrupted: Path, start: Start, attune: Attune, recipe: Recipe, tmp_path: Path
+) -> None:
+    path = recipe()
+    expected = reproducible(uninterrupted)
+    stopped, killed = tmp_path / "stopped", tmp_path / "killed"
+
+    code, output = interrupt(start, path, stopped, random.randint(1, 4), signal.SIGTERM)
+    assert code == 4, output
+    commit = latest_committed(stopped).commit
+    assert commit is not None
+    assert json.loads((stopped / "summary.json").read_text(encoding="utf-8"))["signal"] == "SIGTERM"
+
+    code, output = interrupt(start, path, killed, random.randint(3, 5), signal.SIGKILL)
+    assert code == -signal.SIGKILL, output
+
+    for run in (stopped, killed):
+        code, output = attune("train", str(path), "--run-dir", str(run), "--resume", "auto")
+        assert code == 0, output
+        assert reproducible(run) == expected
+        assert weights(run) == weights(uninterrupted)
+        starts = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [event["incarnation"] for event in starts if event["event"] == "start"] == [1, 2]
+
+
+def test_one_step_ahead_accounts_for_every_group_after_a_kill(
+    start: Start, attune: Attune, recipe: Recipe, tmp_path: Path
+) -> None:
+    run = tmp_path / "ahead"
+    path = recipe(run={"max_staleness": 1})
+    code, output = interrupt(start, path, run, 3, signal.SIGKILL)
+    assert code == -signal.SIGKILL, output
+    code, output = attune("train", str(path), "--run-dir", str(run), "--resume", "auto")
+    assert code == 0, output
+    commit = latest_committed(run).commit
+    assert commit is not None
+    groups = [group for step in commit.manifest["steps"].values() for group in step]
+    prompts = json.loads((run / "salience.json").read_text(encoding="utf-8"))["n"]
+    assert len(groups) == len(set(groups)) == prompts
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["ledger"] == {**dict.fromkeys(summary["ledger"], 0), "committed": prompts}
+    staleness = [row["staleness/max"] for row in reproducible(run)]
+    assert max(staleness) == 1.0
+
+
+def test_an_older_commit_can_be_gone_back_to(uninterrupted: Path, attune: Attune, recipe: Recipe) -> None:
+    expected, before = reproducible(uninterrupted), weights(uninterrupted)
+    checkpoint = uninterrupted / "checkpoints" / "step_2"
+    code, output = attune("train", str(recipe()), "--run-dir", str(uninterrupted), "--resume", str(checkpoint))
+    assert code == 0, output
+    assert reproducible(uninterrupted) == expected
+    assert weights(uninterrupted) == before
+
+
+def test_a_damaged_commit_is_passed_over(uninterrupted: Path, attune: Attune, recipe: Recipe) -> None:
+    before = weights(uninterrupted)
+    latest = latest_committed(uninterrupted).commit
+    assert latest is not None
+    (latest.path / "learner.json").write_text("{}", encoding="utf-8")
+    code, output = attune("train", str(recipe()), "--run-dir", str(uninterrupted), "--resume", "auto")
+    assert code == 0, output
+    events = (uninterrupted / "events.jsonl").read_text(encoding="utf-8")
+    assert "checkpoint_refused" in events
+    assert weights(uninterrupted) == before
