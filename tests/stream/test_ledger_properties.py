@@ -148,17 +148,39 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
                 assert (answer.group_id, answer.attempt, answer.order) == (pending[0], group.attempt, group.order)
                 self.leases.append((answer, self.version))
 
-        @rule()
-        def generate_all(self) -> None:
-            """What mostly happens, so that batches come about: everyone leases, answers and scores."""
+        @rule(unanswered=st.sets(st.integers(0, 3)), unscored=st.sets(st.integers(0, 3)), owner=st.sampled_from("abc"))
+        def work(self, unanswered: set[int], unscored: set[int], owner: str) -> None:
+            """What mostly happens, so that batches come about: an actor leases, answers and has scored, all or some."""
+            known_before = len(self.leases)
             for _ in range(4):
                 self.attach(4)
-                self.lease("a", True, True)
-            for index, (lease, _) in enumerate(self.leases):
-                known = self.groups[lease.group_id]
-                if known.state == "leased" and known.attempt == lease.attempt:
+                self.lease(owner, True, True)
+            given = range(known_before, len(self.leases))
+            for index in given:
+                if index - known_before not in unanswered:
                     self.answer_nth(index)
-            self.score_new(9)
+            read = self.ledger.read_generated("reader", 9, 1, 3_600_000)
+            self.read += read
+            for n, (entry, group) in enumerate(read):
+                if n not in unscored:
+                    self.score_one(entry, group)
+
+        @rule(other=st.sampled_from("abc"), first=st.booleans())
+        def slow_actor(self, other: str, first: bool) -> None:
+            """An actor loses its lease to another; then both answer, in either order."""
+            known_before = len(self.leases)
+            self.attach(1)
+            self.lease("a", True, False)
+            self.expire()
+            self.lease(other, True, True)
+            answers = list(range(known_before, len(self.leases)))
+            for index in answers if first else reversed(answers):
+                self.answer_nth(index)
+
+        @rule(emptied=st.booleans())
+        def crash_at_work(self, emptied: bool) -> None:
+            self.work({1}, {0, 2}, "b")
+            self.crash(emptied)
 
         @precondition(lambda self: self.leases)
         @rule(data=st.data())
@@ -179,11 +201,6 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
         def read_some(self, count: int, dead: bool) -> None:
             """A scorer reads, and (for now) does nothing with it; with `dead`, it takes over what others held."""
             self.read += self.ledger.read_generated("reader", count, 1, 0 if dead else 3_600_000)
-
-        def score_new(self, count: int) -> None:
-            for entry in self.ledger.read_generated("reader", count, 1, 0):
-                self.read.append(entry)
-                self.score_one(*entry)
 
         @precondition(lambda self: self.read)
         @rule(data=st.data())
@@ -226,16 +243,17 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
             for group_id in held:
                 self.to(group_id, "pending")
 
-        @rule(final=st.booleans(), strict=st.booleans())
-        def train(self, final: bool, strict: bool) -> None:
-            """The learner asks for its batch; with `strict`, no group may be older than one step."""
-            oldest = self.step - 1 if strict else None
+        @rule(final=st.booleans(), staleness=st.sampled_from([None, 1, 1, 0]))
+        def train(self, final: bool, staleness: int | None) -> None:
+            """The learner asks for its batch. One step ahead no group is ever too old; with `staleness` 0 some are."""
+            oldest = None if staleness is None else self.step - staleness
             got = self.ledger.take(self.step, SIZE, final=final, oldest_step=oldest)
             batch = self.among("scored")[:SIZE]
             old = [i for i in batch if oldest is not None and self.groups[i].version[1] < oldest]  # pyright: ignore[reportOptionalSubscript]
             unscored = self.among("pending", "leased", "generated")
             last = self.groups[batch[-1]].order if len(batch) == SIZE else None
             blocked = any(last is None or self.groups[i].order < last for i in unscored)
+            assert not old or staleness == 0
             if old:
                 assert got is None
                 for group_id in old:
