@@ -1,7 +1,7 @@
 """Prompts into the ledger: every group of an epoch is registered before its first lease, payloads a window ahead.
 
-A group's place in lease order is `epoch * n + its place in the epoch's permutation`: it follows from the seed alone, so a
-restart finds the same order without having stored it.
+A group's place in lease order is `epoch * n + its place in the epoch's permutation`: it follows from the seed alone, so
+a restart finds the same order without having stored it.
 """
 
 import math
@@ -10,6 +10,12 @@ from collections.abc import Sequence
 from services.records import Prompt, group_id_of
 from services.stream.ledger import Ledger
 from services.text.order import epoch_order
+
+
+def total_steps(prompts: int, *, epochs: int, steps: int | None, groups_per_step: int) -> int:
+    """Steps of a run: until the epochs are used up, the last batch short where they do not divide, or `steps`."""
+    possible = math.ceil(epochs * prompts / groups_per_step)
+    return possible if steps is None else min(steps, possible)
 
 
 class Feed:
@@ -25,8 +31,7 @@ class Feed:
         self._by_group: dict[str, Prompt] = {}
         self.groups_per_step = groups_per_step
         self.total_groups = epochs * len(prompts)
-        possible = math.ceil(self.total_groups / groups_per_step)
-        self.total_steps = possible if steps is None else min(steps, possible)
+        self.total_steps = total_steps(len(prompts), epochs=epochs, steps=steps, groups_per_step=groups_per_step)
 
     def register(self, ledger: Ledger, order: int) -> None:
         """Registers every epoch that begins at or before place `order`, each whole; idempotent."""

@@ -6,39 +6,11 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.plan import Part
+from cluster.reward_actors import RewardActor, ScoringActor
 from cluster.supervise import Running, Supervisor
-from reward_server.client import RewardClient
-from reward_server.config import RewardSection
-from reward_server.serve import RewardServer
-from reward_server.worker import ScoringWorker
 from rollout.worker import RolloutWorker
-from services.stream.connect import connect
-from services.stream.ledger import Ledger
 
 THIN = {"OMP_NUM_THREADS": "1"}
-
-
-class ScoringActor:
-    """What a scoring worker's process holds: a client of the reward server, a connection to the ledger, and the loop."""
-
-    def __init__(
-        self,
-        section: RewardSection,
-        *,
-        url: str,
-        token: str | None,
-        stream_url: str,
-        run_id: str,
-        min_ok: int,
-        name: str,
-        connect_s: float,
-    ) -> None:
-        client = RewardClient(url, token, section.worker.timeout_s)
-        ledger = Ledger(connect(stream_url, connect_s), run_id)
-        self._worker = ScoringWorker(ledger, client, section.worker, min_ok, consumer=name)
-
-    async def run(self) -> None:
-        await self._worker.run()
 
 
 def start_rewards(
@@ -56,7 +28,7 @@ def start_rewards(
     url, token = config.reward.worker.url, config.reward.worker_token()
     if url is None:
         token = secrets.token_hex(32)
-        server = supervisor.actor(RewardServer, parts["reward_server"], THIN, config.reward, token=token)
+        server = supervisor.actor(RewardActor, parts["reward_server"], THIN, config.reward, token=token)
         url = supervisor.wait(
             [server.start.remote()],
             ["reward server"],

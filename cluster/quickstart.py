@@ -1,9 +1,10 @@
 """`attune quickstart`: data -> small policy -> fine-tuning -> RL through the whole service -> evaluation -> a table.
 
-Each stage leaves its result in the run directory and is passed over where that stands there already, so that a quickstart
-that was stopped goes on when it is called again.
+Each stage leaves its result in the run directory and is passed over where that stands there already, so that a
+quickstart that was stopped goes on when it is called again.
 """
 
+import asyncio
 import json
 import shutil
 import sysconfig
@@ -16,22 +17,28 @@ from rich.console import Console
 
 from cluster.config import Config
 from cluster.driver import train
+from cluster.evaluate import rescore
 from cluster.evaluation_command import comparison, measure, with_model
 from cluster.evaluation_prompts import evaluation_prompts
 from cluster.evaluation_result import EvaluationResult, load_result
 from cluster.evaluation_table import comparison_table
 from cluster.fine_tuning import fine_tune
+from cluster.ray_runtime import ray_cluster
 from cluster.recipe import apply_overrides, read_yaml, resolve
 from cluster.run_dir import write_atomically
 from cluster.small_model import build_small_policy
 from cluster.training_data import load_training_data
 from rollout.worker import build_engine
 from services.errors import UserError
+from services.text.corpora.pairs import write_jsonl
+from services.text.corpora.qa import generate_qa
+from services.text.sources import load_prompts
 from services.text.tokenizer import train_tokenizer
 
 Family = Literal["decoder", "encoder-decoder"]
 RECIPES = {"decoder": "cagsr-qa.yaml", "encoder-decoder": "cagsr-qa-t5.yaml"}
 VOCABULARY = 4096
+"""At most; the corpus gives some 1,600 tokens."""
 
 
 def quickstart(run_dir: Path, *, steps: int | None, engine: str, family: str, console: Console) -> int:
@@ -43,11 +50,10 @@ def quickstart(run_dir: Path, *, steps: int | None, engine: str, family: str, co
     if family not in RECIPES:
         raise UserError(f"--family {family}: allowed are {', '.join(RECIPES)}")
     began = time.monotonic()
-    base, tuned = run_dir / "base", run_dir / "sft"
+    questions, base, tuned = run_dir / "data" / "questions.jsonl", run_dir / "base", run_dir / "sft"
     recipe = find_recipe(RECIPES[family])
-    overrides = [f"policy.model={tuned}", f"rollout.engine={engine}"] + (
-        [] if steps is None else [f"run.steps={steps}"]
-    )
+    overrides = [f"data.source={questions}", f"policy.model={tuned}", f"rollout.engine={engine}"]
+    overrides += [] if steps is None else [f"run.steps={steps}"]
     config = resolve(apply_overrides(read_yaml(recipe), overrides), str(recipe))
 
     def stage(name: str, result: Path, make: Callable[[Path], str]) -> None:
@@ -62,14 +68,15 @@ def quickstart(run_dir: Path, *, steps: int | None, engine: str, family: str, co
         partial.rename(result)
         console.print(f"  {done} ({time.monotonic() - started:.0f} s)", highlight=False)
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    questions.parent.mkdir(parents=True, exist_ok=True)
+    stage("Generating questions and answers", questions, _generate)
     stage("Building a small policy", base, lambda out: _build(config, cast(Family, family), out))
-    stage("Fine-tuning on the training questions", tuned, lambda out: _tune(config, base, out, console))
-    data = load_training_data(config)
-    prompts = evaluation_prompts(config, data, "test", config.evaluation.prompts)
-    before = _evaluated(run_dir / "evaluation-before.json", config, tuned, prompts, "fine-tuned", console)
-    console.print("[bold]Reinforcement learning[/bold] through the whole service ...", highlight=False)
-    outcome = train(config, run_dir, resume="auto", console=console)
+    with ray_cluster(config.cluster):  # one cluster for both stages
+        stage("Fine-tuning on the training questions", tuned, lambda out: _tune(config, base, out, console))
+        prompts = evaluation_prompts(config, load_training_data(config), "test", config.evaluation.prompts)
+        before = _evaluated(run_dir / "evaluation-before.json", config, tuned, prompts, "fine-tuned", console)
+        console.print("[bold]Reinforcement learning[/bold] through the whole service ...", highlight=False)
+        outcome = train(config, run_dir, resume="auto", console=console)
     if outcome.stopped:
         console.print(f"Stopped by {outcome.stopped}; call it again to go on.", highlight=False)
         return 4 if outcome.has_commit else 1
@@ -102,21 +109,20 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"recipe {name}: not found in {' or '.join(str(place) for place in places)}")
 
 
+def _generate(out: Path) -> str:
+    return f"{write_jsonl(generate_qa(0), out)} pairs"
+
+
 def _build(config: Config, family: Family, out: Path) -> str:
-    splits = load_training_data_rows(config)
-    tokenizer = train_tokenizer(splits, VOCABULARY, family)
+    texts = [
+        text
+        for prompt in load_prompts(config.data).train
+        for text in (prompt.text, prompt.reference)
+        if text is not None
+    ]
+    tokenizer = train_tokenizer(texts, VOCABULARY, family)
     parameters = build_small_policy(tokenizer, family, out, seed=config.run.seed)
     return f"{parameters / 1e6:.1f} million parameters, a vocabulary of {len(tokenizer)}"
-
-
-def load_training_data_rows(config: Config) -> list[str]:
-    """The texts of the training split, prompts and references: what a tokenizer may be trained on."""
-    from services.text.sources import load_prompts
-
-    texts: list[str] = []
-    for prompt in load_prompts(config.data).train:
-        texts += [prompt.text or ""] + ([prompt.reference] if prompt.reference else [])
-    return texts
 
 
 def _tune(config: Config, base: Path, out: Path, console: Console) -> str:
@@ -137,10 +143,6 @@ def _evaluated(
 
 
 def _rescored(file: Path, config: Config, start: Path, after: EvaluationResult) -> EvaluationResult:
-    import asyncio
-
-    from cluster.evaluate import rescore
-
     if file.exists():
         return load_result(file)
     own = with_model(config, start)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+
 
 class Stopped(Exception):
     """A signal asked the run to stop."""
@@ -22,6 +24,11 @@ class StopRequest:
         self.signal_name = signal.Signals(number).name
         self._at = time.monotonic()
 
+    def install(self) -> None:
+        """Takes the signals; again after a library that has taken them meanwhile (Ray does)."""
+        for number in HANDLED:
+            signal.signal(number, self.receive)
+
     def check(self) -> None:
         """Raises Stopped once a signal has come."""
         if self.signal_name is not None:
@@ -34,9 +41,10 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Handles the signals for the length of the block. Enter it after Ray, which sets handlers of its own."""
+    """Handles the signals for the length of the block."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    request.install()
     try:
         yield request
     finally:

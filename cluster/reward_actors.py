@@ -1,0 +1,55 @@
+"""The reward server and the scoring worker as actors of a run.
+
+A module of their own: neither needs torch in its process.
+"""
+
+from typing import Any
+
+from reward_server.client import RewardClient
+from reward_server.config import RewardSection
+from reward_server.serve import RewardServer, is_loopback
+from reward_server.worker import ScoringWorker
+from services.stream.connect import connect
+from services.stream.ledger import Ledger
+
+
+class RewardActor(RewardServer):
+    """The run's reward server, on loopback; on a cluster of several nodes, on the address that the others reach."""
+
+    def __init__(self, section: RewardSection, *, token: str) -> None:
+        super().__init__(section, token=token, host=_host(section))
+
+
+class ScoringActor:
+    """What a scoring worker's process holds: a client of the reward server, a connection to the ledger, the loop."""
+
+    def __init__(
+        self,
+        section: RewardSection,
+        *,
+        url: str,
+        token: str | None,
+        stream_url: str,
+        run_id: str,
+        min_ok: int,
+        name: str,
+        connect_s: float,
+    ) -> None:
+        client = RewardClient(url, token, section.worker.timeout_s)
+        ledger = Ledger(connect(stream_url, connect_s), run_id)
+        self._worker = ScoringWorker(ledger, client, section.worker, min_ok, consumer=name)
+
+    async def run(self) -> None:
+        await self._worker.run()
+
+    async def counters(self) -> dict[str, int]:
+        """Groups and samples so far, and failures by code."""
+        return dict(self._worker.counters)
+
+
+def _host(section: RewardSection) -> str:
+    import ray
+
+    nodes: Any = ray.nodes()
+    several = sum(1 for node in nodes if node["Alive"]) > 1
+    return ray.util.get_node_ip_address() if several and is_loopback(section.host) else section.host
