@@ -293,6 +293,7 @@ def test_texts_are_plain(corpus):
             assert "  " not in text
             assert "{" not in text
             assert "None" not in text
+        assert re.search(r"\w[.!?]$", pair.response), pair  # a sentence that stops in its middle ends in " ."
 
 
 def test_every_country_has_every_fact():

@@ -147,8 +147,10 @@ def _explanation() -> list[Pair]:
     elements = facts.elements()
     for element in elements:
         known = (f"{element.symbol}.atomic number", f"{element.symbol}.chemical symbol")
-        response = f"{element.symbol} is the chemical symbol of {element.name}, the element with the atomic "
-        f"number {element.number}"
+        response = (
+            f"{element.symbol} is the chemical symbol of {element.name}, the element with the atomic "
+            f"number {element.number}"
+        )
         found += [
             _pair(kind, frame, response, *known)
             for frame in (
@@ -165,8 +167,10 @@ def _composition() -> list[Pair]:
     found: list[Pair] = []
     for country in facts.countries():
         for name in NAMES:
-            response = f"dear {name}, greetings from {country.capital}, the capital of {country.name}, where "
-            f"people speak {country.language}"
+            response = (
+                f"dear {name}, greetings from {country.capital}, the capital of {country.name}, where "
+                f"people speak {country.language}"
+            )
             found += [
                 _pair(kind, frame, response, f"{country.code}.capital", f"{country.code}.language")
                 for frame in (
@@ -193,8 +197,10 @@ def _composition() -> list[Pair]:
             )
         ]
     for element in facts.elements():
-        response = f"{element.name} is a chemical element. Its symbol is {element.symbol} and its atomic number "
-        f"is {element.number}"
+        response = (
+            f"{element.name} is a chemical element. Its symbol is {element.symbol} and its atomic number "
+            f"is {element.number}"
+        )
         found += [
             _pair(kind, frame, response, f"{element.symbol}.atomic number", f"{element.symbol}.chemical symbol")
             for form in ("text", "note", "introduction")
