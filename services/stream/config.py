@@ -13,39 +13,43 @@ from services.errors import UserError
 
 class StreamSection(Section):
     url: str | None = Field(
-        None,
+        default=None,
         description="redis://[user@]host[:port][/db] or rediss:// for TLS; null: a server is started as a child of "
         "this run, with its data in the run directory. Never holds the password: recipes are saved and shared.",
     )
     password_env: str | None = Field(
-        None, description="Name of the environment variable that holds the password of `url`; null: no password."
+        default=None,
+        description="Name of the environment variable that holds the password of `url`; null: no password.",
     )
     ca_file: str | None = Field(
-        None,
+        default=None,
         description="PEM file of the authority that signed the server's certificate (rediss:// only); "
         "null: the system's.",
     )
     appendfsync: Literal["everysec", "always"] = Field(
-        "everysec",
+        default="everysec",
         description="When the embedded server flushes its log to the disk. everysec may lose a second when the machine "
         "(not the process) dies; what is lost is rebuilt from the last commit, so the slower `always` is seldom worth "
         "its price.",
     )
     maxmemory_mb: int | None = Field(
-        None,
+        default=None,
         ge=16,
         description="Memory limit of the embedded server, MiB; null: none. Nothing is ever evicted: a full server "
         "refuses writes and the run stops, so the limit is a guard for the machine. The admission limit bounds what is "
         "in flight.",
     )
     connect_timeout_s: float = Field(
-        10.0, gt=0, le=600, description="Seconds to wait for the server at the start; it is local, or should be near."
+        default=10.0,
+        gt=0,
+        le=600,
+        description="Seconds to wait for the server at the start; it is local, or should be near.",
     )
     socket_timeout_s: float = Field(
-        5.0, ge=1, le=120, description="Seconds until one call counts as unanswered; scripts take milliseconds."
+        default=5.0, ge=1, le=120, description="Seconds until one call counts as unanswered; scripts take milliseconds."
     )
     patience_s: float = Field(
-        30.0,
+        default=30.0,
         ge=0,
         le=3600,
         description="Seconds that a call is tried again while the server does not answer: covers a restart of the "

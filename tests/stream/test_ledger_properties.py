@@ -177,10 +177,43 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
             for index in answers if first else reversed(answers):
                 self.answer_nth(index)
 
+        @rule(staleness=st.sampled_from([1, 1, 0]), then=st.sampled_from(["go on", "commit", "cut off", "crash"]))
+        def good_step(self, staleness: int, then: str) -> None:
+            """All goes well up to a batch; what comes after it is the question."""
+            self.work(set(), set(), "c")
+            self.train(True, staleness)
+            if then == "crash":
+                self.crash(False)
+            elif then != "go on" and self.trained:
+                self.commit(3 if then == "commit" else 1)
+
         @rule(emptied=st.booleans())
         def crash_at_work(self, emptied: bool) -> None:
-            self.work({1}, {0, 2}, "b")
+            """And those who were at work do not know of it: their answers come after the new ones were leased."""
+            self.work({1, 2}, {0}, "b")
+            old = range(max(0, len(self.leases) - 4), len(self.leases))
             self.crash(emptied)
+            self.attach(4)
+            self.lease("a", True, True)
+            self.lease("b", True, True)
+            for index in (*old, *range(old.stop, len(self.leases))):
+                self.answer_nth(index)
+            for entry, group in self.read[-6:]:
+                self.score_one(entry, group)
+
+        @rule(stays=st.sampled_from(["leased", "generated", "pending"]))
+        def slow_group(self, stays: str) -> None:
+            """One group is behind those that come after it: a batch must wait for it."""
+            self.attach(1)
+            before = len(self.leases)
+            self.lease("a", True, True)
+            if len(self.leases) > before and stays == "generated":
+                self.answer_nth(before)
+                self.read += self.ledger.read_generated("slow", 9, 1, 3_600_000)
+            self.work(set(), set(), "c")
+            if stays == "pending":
+                self.release("a")
+            self.train(False, None)
 
         @precondition(lambda self: self.leases)
         @rule(data=st.data())
@@ -375,7 +408,7 @@ def check(client: redis.Redis, desk_type: Any, examples: int, steps: int) -> Non
 
 
 def test_the_ledger_is_its_model(client: redis.Redis, new_desk: Any) -> None:
-    check(client, new_desk, 40, 40)
+    check(client, new_desk, 25, 40)
 
 
 @pytest.mark.slow
