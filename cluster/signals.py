@@ -9,7 +9,7 @@ from types import FrameType
 HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - reads as what it says where it is raised
     """A signal asked the run to stop."""
 
 

@@ -43,7 +43,7 @@ KEEP_VERSIONS = 2
 """Published sets of weights that are kept: the newest, and the one that an actor may still be reading."""
 
 FAILURE_SLACK = 2
-"""Batches of prompts that have their payload in the ledger beyond the admission limit, to stand in for failed groups."""
+"""Batches of prompts with their payload in the ledger beyond the admission limit, to stand in for failed groups."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Training:
         return (self.config.run.max_staleness + 1 + FAILURE_SLACK) * self.config.run.groups_per_step
 
     def _open_gate(self, step: int) -> float:
-        """Publishes the learner's weights as version `step` and lets groups be leased under them. Returns the seconds taken."""
+        """Publishes the learner's weights as version `step`, lets groups be leased under them; returns seconds."""
         began = time.monotonic()
         version = PolicyVersion(self.history.incarnation, step)
         self.progress.phase("publishing weights")
@@ -342,7 +342,7 @@ class Training:
         self.run.event("committed", step=steps)
 
     def _commit_in_grace(self) -> None:
-        """After a signal: the unfinished step is left to be replayed; the finished ones are committed if there is time."""
+        """After a signal: the unfinished step is left for the replay; finished ones are committed if there is time."""
         ready = not self.learner_busy and self.history.steps_done > self.history.committed_steps
         left = self.stop.grace_left(self.config.cluster.stop_s)
         if not ready or left < 2 * self.last_commit_s:
