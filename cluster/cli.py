@@ -1,5 +1,7 @@
-"""The command line. Exit codes: 0 done, 2 bad usage or configuration, 3 the cluster cannot hold the plan, 4 stopped by a
-signal with a valid last commit, 1 anything else. A user's mistake gets one message and no traceback.
+"""The command line. A user's mistake gets one message and no traceback.
+
+Exit codes: 0 done, 2 bad usage or configuration, 3 the cluster cannot hold the plan, 4 stopped by a signal with a valid
+last commit, 1 anything else.
 
 Heavy libraries are imported by the command that needs them, so that `attune --help` and the client stay light.
 """
@@ -8,7 +10,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,6 +32,7 @@ Overrides = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file, as JSON.")]
 
 EXIT_STOPPED = 4
+TYPERS_INTERRUPT = 130
 
 
 def _console() -> Console:
@@ -46,17 +49,18 @@ def train(
     resume: Annotated[str, typer.Option(help="auto | never | path of a committed checkpoint of this run.")] = "auto",
 ) -> None:
     """Trains a policy by a recipe, through the whole service."""
-    from cluster.driver import train as run_training
     from cluster.recipe import load_recipe
 
     config = load_recipe(recipe, overrides or [])
+    from cluster.driver import train as run_training  # takes seconds: a mistake in the recipe is told before
+
     directory = run_dir or Path("runs") / recipe.stem
     console = _console()
     outcome = run_training(config, directory, resume=resume, console=console)
     if outcome.stopped:
         console.print(
-            f"Stopped by {outcome.stopped} after {outcome.steps} steps; the last commit holds {outcome.committed_steps}. "
-            f"Go on with: attune train {recipe} --run-dir {directory} --resume auto",
+            f"Stopped by {outcome.stopped} after {outcome.steps} steps; the last commit holds "
+            f"{outcome.committed_steps}. Go on with: attune train {recipe} --run-dir {directory} --resume auto",
             highlight=False,
         )
         raise typer.Exit(EXIT_STOPPED if outcome.has_commit else 1)
@@ -70,10 +74,12 @@ def train(
 def quickstart(
     run_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/quickstart"),
     steps: Annotated[int | None, typer.Option(min=1, help="RL steps; by default the recipe's.")] = None,
-    engine: Annotated[str, typer.Option(help="transformers")] = "transformers",
-    family: Annotated[str, typer.Option(help="decoder | encoder-decoder")] = "decoder",
+    engine: Annotated[Literal["transformers"], typer.Option(help="What generates.")] = "transformers",
+    family: Annotated[
+        Literal["decoder", "encoder-decoder"], typer.Option(help="Architecture of the policy: Llama or T5.")
+    ] = "decoder",
 ) -> None:
-    """Builds a small policy from generated questions, fine-tunes it, trains it with the attention reward, evaluates it."""
+    """Builds a small policy from generated questions, fine-tunes it, trains it by its attention, evaluates it."""
     from cluster.quickstart import quickstart as run_quickstart
 
     code = run_quickstart(run_dir, steps=steps, engine=engine, family=family, console=_console())
@@ -87,11 +93,13 @@ def sft(
     overrides: Overrides = None,
 ) -> None:
     """Fine-tunes the policy on the reference responses: cross-entropy on response tokens only."""
-    from cluster.fine_tuning import fine_tune
     from cluster.recipe import load_recipe
 
+    config = load_recipe(recipe, overrides or [])
+    from cluster.fine_tuning import fine_tune
+
     console = _console()
-    result = fine_tune(load_recipe(recipe, overrides or []), out, console=console)
+    result = fine_tune(config, out, console=console)
     console.print(f"Done: validation loss {result.validation_loss:.4f}. The model is in {out}", highlight=False)
 
 
@@ -113,14 +121,15 @@ def evaluate(
     overrides: Overrides = None,
     model: Annotated[Path | None, typer.Option(help="Model directory in place of the recipe's policy.model.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="Model to compare with, prompt by prompt.")] = None,
-    split: Annotated[str, typer.Option(help="validation | test")] = "test",
+    split: Annotated[Literal["validation", "test"], typer.Option(help="Held-out prompts to answer.")] = "test",
     json_file: Json = None,
 ) -> None:
     """Metrics of a model on held-out prompts, with intervals; with a baseline, the paired comparison."""
-    from cluster.evaluation_command import evaluate_models
     from cluster.recipe import load_recipe
 
     config = load_recipe(recipe, overrides or [])
+    from cluster.evaluation_command import evaluate_models
+
     figures = evaluate_models(config, model=model, baseline=baseline, split=split, console=_console())
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2), encoding="utf-8")
@@ -157,29 +166,23 @@ def run_command(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     command: Any = typer.main.get_command(app)
     try:
-        result = command.main(args=arguments, prog_name="attune", standalone_mode=False)
+        command.main(args=arguments, prog_name="attune")
+    except SystemExit as ended:  # how typer ends a command, also one that was done, and one whose usage it refused
+        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+        return _complain("interrupted", 1) if code == TYPERS_INTERRUPT else code
     except PlanError as error:
         return _complain(error, 3)
     except UserError as error:
         return _complain(error, 2)
-    except typer.Exit as error:
-        return int(error.exit_code)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 1)
     except Deadline as error:
         return _complain(error, 1)
     except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            return error.exit_code
         from cluster.supervise import PartFailed
 
         if isinstance(error, PartFailed):
             return _complain(error, 1)
         raise
-    return int(result or 0)
+    return 0
 
 
 def _complain(error: object, code: int) -> int:
