@@ -18,61 +18,72 @@ from services.text.config import DataSection, SalienceSection
 
 
 class RunSection(Section):
-    name: str = Field("attune", description="The run's name in trackers and logs.")
-    seed: int = Field(0, ge=0, description="Seeds the order of prompts, sampling and initial values of new parameters.")
-    epochs: int = Field(1, ge=1, description="Passes over the training prompts; `steps` may end the run earlier.")
-    steps: int | None = Field(None, ge=1, description="Steps to run; null: until the epochs are used up.")
-    groups_per_step: int = Field(64, ge=1, description="Prompts a step, B (CAGSR, arXiv 2502.10482: 64).")
+    name: str = Field(default="attune", description="The run's name in trackers and logs.")
+    seed: int = Field(
+        default=0, ge=0, description="Seeds the order of prompts, sampling and initial values of new parameters."
+    )
+    epochs: int = Field(
+        default=1, ge=1, description="Passes over the training prompts; `steps` may end the run earlier."
+    )
+    steps: int | None = Field(default=None, ge=1, description="Steps to run; null: until the epochs are used up.")
+    groups_per_step: int = Field(default=64, ge=1, description="Prompts a step, B (CAGSR, arXiv 2502.10482: 64).")
     max_staleness: int = Field(
-        0,
+        default=0,
         ge=0,
         description="Steps that a sample's policy may lie behind the one that trains on it. 0 is synchronous and "
         "reproducible; 1 generates the next batch while this one trains.",
     )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
-        ("tensorboard",),
+        default=("tensorboard",),
         description="Where metrics go beside metrics.jsonl. TensorBoard needs no account and no network.",
     )
 
 
 class ClusterSection(Section):
     address: str | None = Field(
-        None, description="Ray address to join; null: the cluster of RAY_ADDRESS, or one started on this machine."
+        default=None,
+        description="Ray address to join; null: the cluster of RAY_ADDRESS, or one started on this machine.",
     )
     rollout_cpus: float = Field(
-        0.25,
+        default=0.25,
         ge=0,
         description="CPUs that Ray reserves for a rollout actor. A fraction: the parts take turns on a small machine.",
     )
-    rollout_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for a rollout actor.")
-    learner_cpus: float = Field(0.25, ge=0, description="CPUs that Ray reserves for a learner rank.")
-    learner_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for a learner rank.")
+    rollout_gpus: float = Field(default=0, ge=0, description="GPUs that Ray reserves for a rollout actor.")
+    learner_cpus: float = Field(default=0.25, ge=0, description="CPUs that Ray reserves for a learner rank.")
+    learner_gpus: float = Field(default=0, ge=0, description="GPUs that Ray reserves for a learner rank.")
     service_cpus: float = Field(
-        0.1, ge=0, description="CPUs that Ray reserves for each of the reward server and the scoring workers."
+        default=0.1, ge=0, description="CPUs that Ray reserves for each of the reward server and the scoring workers."
     )
     memory_gb: float = Field(
-        0.0, ge=0, description="Memory (GB) that Ray reserves for each rollout actor and learner rank; 0 reserves none."
+        default=0.0,
+        ge=0,
+        description="Memory (GB) that Ray reserves for each rollout actor and learner rank; 0 reserves none.",
     )
     start_s: float = Field(
-        300.0, gt=0, description="Deadline (s) for the parts of a run to come up. Large models load in minutes."
+        default=300.0, gt=0, description="Deadline (s) for the parts of a run to come up. Large models load in minutes."
     )
     batch_s: float = Field(
-        1800.0, gt=0, description="Deadline (s) without any progress of a batch: no group generated, scored or failed."
+        default=1800.0,
+        gt=0,
+        description="Deadline (s) without any progress of a batch: no group generated, scored or failed.",
     )
-    step_s: float = Field(3600.0, gt=0, description="Deadline (s) for the learner's part of a step.")
-    publish_s: float = Field(300.0, gt=0, description="Deadline (s) for gathering and writing a set of weights.")
+    step_s: float = Field(default=3600.0, gt=0, description="Deadline (s) for the learner's part of a step.")
+    publish_s: float = Field(
+        default=300.0, gt=0, description="Deadline (s) for gathering and writing a set of weights."
+    )
     stop_s: float = Field(
-        20.0,
+        default=20.0,
         gt=0,
         description="Grace (s) after a signal in which a last commit may be written; Ray's own default is 3.",
     )
     restarts: int = Field(
-        3, ge=0, description="Rollout actors that may be replaced in a run before it ends with their error."
+        default=3, ge=0, description="Rollout actors that may be replaced in a run before it ends with their error."
     )
     weights_dir: str | None = Field(
-        None,
-        description="Where sets of weights are published for the rollout actors; null: shared memory. Several nodes need a "
-        "path that all of them see.",
+        default=None,
+        description="Where sets of weights are published for the rollout actors; null: shared memory. Several nodes "
+        "need a path that all of them see.",
     )
 
 

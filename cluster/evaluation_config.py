@@ -11,50 +11,52 @@ Decoding = Literal["greedy", "nucleus", "sample"]
 
 class EvaluationSection(Section):
     every: int = Field(
-        0,
+        default=0,
         ge=0,
         description="Steps between evaluations during training; 0: none, for they take time from the run.",
     )
     split: Literal["validation", "test"] = Field(
-        "validation",
+        default="validation",
         description="Prompts of the evaluations during training. The test split is for the last word only: what "
         "chooses `policy-best/` must not have seen it.",
     )
     prompts: int = Field(
-        64,
+        default=64,
         ge=1,
         description="Held-out prompts, the first of the split, or all that it has. 64: as many as a step.",
     )
     decodings: tuple[Decoding, ...] = Field(
-        ("greedy", "nucleus"),
+        default=("greedy", "nucleus"),
         min_length=1,
         description="`greedy`; `nucleus`: top-p sampling; `sample`: the untruncated distribution that is trained.",
     )
     samples: int = Field(
-        4,
+        default=4,
         ge=1,
         description="Responses a prompt where decoding draws (greedy has one). 2 and more give the within-prompt "
         "standard deviation; 4 as in training (CAGSR, arXiv 2502.10482).",
     )
-    top_p: float = Field(0.9, gt=0, le=1, description="Nucleus mass (Holtzman et al., arXiv 1904.09751: 0.9 to 0.95).")
-    temperature: float = Field(1.0, gt=0, description="Softmax temperature of `nucleus` and `sample`.")
-    max_tokens: int | None = Field(
-        None, ge=1, description="Longest response, in tokens; null: rollout.max_tokens, as in training."
+    top_p: float = Field(
+        default=0.9, gt=0, le=1, description="Nucleus mass (Holtzman et al., arXiv 1904.09751: 0.9 to 0.95)."
     )
-    batch_prompts: int = Field(16, ge=1, description="Prompts given to the engine at once: bounds memory.")
-    seed: int = Field(0, ge=0, description="Seeds the draws, prompt by prompt: the same at every evaluation.")
+    temperature: float = Field(default=1.0, gt=0, description="Softmax temperature of `nucleus` and `sample`.")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Longest response, in tokens; null: rollout.max_tokens, as in training."
+    )
+    batch_prompts: int = Field(default=16, ge=1, description="Prompts given to the engine at once: bounds memory.")
+    seed: int = Field(default=0, ge=0, description="Seeds the draws, prompt by prompt: the same at every evaluation.")
     resamples: int = Field(
-        2000,
+        default=2000,
         ge=100,
         description="Bootstrap resamples of prompts. 2000: Efron and Tibshirani (1993) ask for 1000 and more.",
     )
-    level: float = Field(0.95, gt=0, lt=1, description="Probability that the intervals hold.")
+    level: float = Field(default=0.95, gt=0, lt=1, description="Probability that the intervals hold.")
     best_metric: str | None = Field(
-        None,
+        default=None,
         description="Figure that chooses `policy-best/`, as DECODING/METRIC, e.g. greedy/rouge_l; null: the attention "
         "reward under the first decoding.",
     )
-    best_goal: Literal["max", "min"] = Field("max", description="Which end of `best_metric` is the better one.")
+    best_goal: Literal["max", "min"] = Field(default="max", description="Which end of `best_metric` is the better one.")
 
     @field_validator("decodings")
     @classmethod

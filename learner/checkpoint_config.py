@@ -7,17 +7,17 @@ from services.config_base import Section
 
 class CheckpointSection(Section):
     every: int = Field(
-        10,
+        default=10,
         ge=1,
         description="Steps between commits. A crash loses the work since the last; 10: some minutes of a usual run.",
     )
     keep: int = Field(
-        2,
+        default=2,
         ge=0,
         description="Commits kept, the newest; 0 keeps all. 2: one to fall back on where the newest turns out damaged.",
     )
     timeout_s: float = Field(
-        600.0,
+        default=600.0,
         gt=0,
         description="Deadline (s) for writing one commit. 600: tens of GB to a network file system.",
     )

@@ -14,7 +14,7 @@ class KLSection(Section):
     """The penalty for leaving the frozen reference policy."""
 
     place: Literal["none", "reward", "loss"] = Field(
-        "none",
+        default="none",
         description=(
             "Where the KL to the reference stands: `reward` subtracts coef*k1 from the reward (Ziegler 2019; "
             "summed into R where the advantage is one number a response), `loss` adds coef*k3 to the loss (GRPO, "
@@ -22,7 +22,7 @@ class KLSection(Section):
         ),
     )
     coef: float = Field(
-        0.05,
+        default=0.05,
         ge=0,
         description=(
             "Coefficient, reward units a nat; the first value where the controller is adaptive. 0.05: Stiennon "
@@ -30,19 +30,19 @@ class KLSection(Section):
         ),
     )
     controller: Literal["fixed", "adaptive"] = Field(
-        "fixed",
+        default="fixed",
         description=(
             "`adaptive` moves the coefficient towards `target` after each step (Ziegler 2019, section 2.2). "
             "Default fixed: one thing less that moves."
         ),
     )
     target: float = Field(
-        6.0,
+        default=6.0,
         gt=0,
         description="Adaptive: the KL a response, in nats, that is aimed at. 6: Ziegler 2019, sentiment task.",
     )
     horizon: int = Field(
-        10_000,
+        default=10_000,
         gt=0,
         description=("Adaptive: the larger, the slower the coefficient moves, samples. 10,000: Ziegler 2019's code."),
     )
@@ -53,18 +53,18 @@ class LearnerSection(Section):
 
     # What is optimised
     objective: Literal["ppo", "policy_gradient"] = Field(
-        "ppo",
+        default="ppo",
         description="`ppo`: clipped surrogate (arXiv 1707.06347, eq. 7), the paper's. `policy_gradient`: -A log pi.",
     )
     baseline: Literal["none", "batch_mean", "value"] = Field(
-        "value",
+        default="value",
         description=(
             "Only with `policy_gradient`: A = R, R - mean of the batch, or R - V(x). Default: the paper's value "
             "baseline."
         ),
     )
     advantage: Literal["paper", "gae", "rloo", "grpo"] = Field(
-        "paper",
+        default="paper",
         description=(
             "Only with `ppo`. `paper`: R - V_old(x), one for all tokens. `gae`: arXiv 1506.02438. `rloo`: minus "
             "the mean of the group's other rewards (arXiv 2402.14740). `grpo`: (R - mean)/std in the group (arXiv "
@@ -72,46 +72,50 @@ class LearnerSection(Section):
         ),
     )
     gamma: float = Field(
-        1.0,
+        default=1.0,
         gt=0,
         le=1,
         description="Discount a token, `gae` only. 1: a response is one episode scored at its end (Stiennon 2020).",
     )
     lam: float = Field(
-        0.95, ge=0, le=1, description="Lambda of `gae`. 0.95: arXiv 1707.06347 table 3, and Stiennon 2020."
+        default=0.95, ge=0, le=1, description="Lambda of `gae`. 0.95: arXiv 1707.06347 table 3, and Stiennon 2020."
     )
     normalise_advantages: Literal["none", "batch", "group"] = Field(
-        "none",
+        default="none",
         description=(
             "Subtract the mean and divide by the standard deviation of the tokens' advantages in the step's "
             "batch, or in each group. Default none: the paper does not whiten."
         ),
     )
     standardise_rewards: Literal["none", "running"] = Field(
-        "none",
+        default="none",
         description=(
             "`running`: rewards minus running mean, divided by running deviation, over all samples ever taken "
             "(invariant 8). Default none: the paper's reward is used as it is."
         ),
     )
-    clip: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the ratio, on both sides. 0.2: the paper.")
+    clip: float = Field(
+        default=0.2, gt=0, lt=1, description="PPO clip range of the ratio, on both sides. 0.2: the paper."
+    )
     value_clip: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description=(
             "Clip range of V around V_old in the value loss, reward units. Default none: the paper has no such term."
         ),
     )
     value_coef: float = Field(
-        0.5,
+        default=0.5,
         ge=0,
         description=(
             "Weight of the value loss (itself half a squared error). 0.5: arXiv 1707.06347's public implementations."
         ),
     )
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus, a nat. 0: the paper has none.")
+    entropy_coef: float = Field(
+        default=0.0, ge=0, description="Weight of the entropy bonus, a nat. 0: the paper has none."
+    )
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = Field(
-        "token_mean",
+        default="token_mean",
         description=(
             "Tokens to loss: mean over all tokens of the minibatch; mean over samples of the mean over tokens "
             "(GRPO); mean over samples of the sum over tokens (the log-likelihood of the response, REINFORCE). "
@@ -123,31 +127,37 @@ class LearnerSection(Section):
         description="KL to the frozen reference. Default: none, as in the paper.",
     )
     value_function: Literal["shared", "separate"] = Field(
-        "shared",
+        default="shared",
         description=(
             "`shared`: a small feed-forward head on the policy's trunk, the paper's. `separate`: a trunk of its "
             "own, started from the policy's weights (twice the memory)."
         ),
     )
     value_hidden: int | None = Field(
-        None, gt=0, description="Width of the value head's hidden layer, units. Default: the trunk's hidden size."
+        default=None,
+        gt=0,
+        description="Width of the value head's hidden layer, units. Default: the trunk's hidden size.",
     )
 
     # Optimiser
-    lr: float = Field(1e-5, ge=0, description="Adam's learning rate of the policy. 1e-5: the paper.")
-    value_lr: float = Field(1e-5, ge=0, description="Adam's learning rate of the value function. 1e-5: the paper.")
-    betas: tuple[float, float] = Field(
-        (0.9, 0.999), description="Adam's moment decays. arXiv 1412.6980's; the paper names no others."
+    lr: float = Field(default=1e-5, ge=0, description="Adam's learning rate of the policy. 1e-5: the paper.")
+    value_lr: float = Field(
+        default=1e-5, ge=0, description="Adam's learning rate of the value function. 1e-5: the paper."
     )
-    eps: float = Field(1e-8, gt=0, description="Adam's epsilon. arXiv 1412.6980's.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay. 0: the paper uses plain Adam.")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), description="Adam's moment decays. arXiv 1412.6980's; the paper names no others."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="Adam's epsilon. arXiv 1412.6980's.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay. 0: the paper uses plain Adam.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant",
+        default="constant",
         description="After the warm-up, over the run's updates, down to 0 at its end. constant: the paper's one rate.",
     )
-    warmup: int = Field(0, ge=0, description="Optimiser updates of linear warm-up from 0. 0: the paper has none.")
+    warmup: int = Field(
+        default=0, ge=0, description="Optimiser updates of linear warm-up from 0. 0: the paper has none."
+    )
     grad_clip: float = Field(
-        1.0,
+        default=1.0,
         ge=0,
         description=(
             "Largest global gradient norm; 0 switches clipping off. 1: guards against a single bad batch (usual "
@@ -157,18 +167,20 @@ class LearnerSection(Section):
 
     # Batches
     epochs: int = Field(
-        1, ge=1, description="PPO epochs over a step's batch. 1: one update a batch, the paper's 10,000 updates."
+        default=1,
+        ge=1,
+        description="PPO epochs over a step's batch. 1: one update a batch, the paper's 10,000 updates.",
     )
     minibatches: int = Field(
-        1, ge=1, description="Optimiser updates an epoch; a batch is cut into so many parts. 1: as `epochs`."
+        default=1, ge=1, description="Optimiser updates an epoch; a batch is cut into so many parts. 1: as `epochs`."
     )
     microbatch_tokens: int = Field(
-        4096,
+        default=4096,
         ge=1,
         description="Padded tokens of one forward on one rank (at least one sample is taken). Bounds memory.",
     )
     logit_chunk: int = Field(
-        512,
+        default=512,
         ge=1,
         description=(
             "Tokens whose logits exist at once; a chunk costs tokens x vocabulary x 4 bytes (512 x 128k: 256 "
@@ -177,28 +189,28 @@ class LearnerSection(Section):
     )
 
     # Ranks
-    ranks: int = Field(2, ge=1, description="ZeRO-3 processes. 2: the least that shards, for a 2-core machine.")
+    ranks: int = Field(default=2, ge=1, description="ZeRO-3 processes. 2: the least that shards, for a 2-core machine.")
     threads: int = Field(
-        1, ge=1, description="CPU threads a rank. 1: results do not depend on the machine's core count."
+        default=1, ge=1, description="CPU threads a rank. 1: results do not depend on the machine's core count."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="`auto`: cuda where there is one for each rank, else cpu."
+        default="auto", description="`auto`: cuda where there is one for each rank, else cpu."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
+        default="float32",
         description=(
             "Weights and activations in forward and backward; the optimiser's masters are always float32. "
             "float32: exact on the CPU (invariant 5); bfloat16 for GPUs."
         ),
     )
     gradient_checkpointing: bool = Field(
-        False,
+        default=False,
         description=(
             "Recompute the trunk's layers in the backward pass: a third more time, far less memory. Off: small models."
         ),
     )
     offload: Literal["none", "optimizer", "all"] = Field(
-        "none",
+        default="none",
         description=(
             "What ZeRO-3 keeps in host memory: nothing, the optimiser's state, or that and the parameters. None: "
             "fastest."

@@ -11,22 +11,26 @@ from services.config_base import Section
 class SftSection(Section):
     """How a policy is fine-tuned on reference responses. Ranks, device and dtype are the `learner` section's."""
 
-    epochs: int = Field(3, ge=1, description="Passes over the training pairs. 3: usual for instruction tuning.")
-    batch_size: int = Field(32, ge=1, description="Pairs of one update, all ranks together. 32: usual at this scale.")
+    epochs: int = Field(default=3, ge=1, description="Passes over the training pairs. 3: usual for instruction tuning.")
+    batch_size: int = Field(
+        default=32, ge=1, description="Pairs of one update, all ranks together. 32: usual at this scale."
+    )
     lr: float = Field(
-        1e-5, gt=0, description="Largest learning rate. 1e-5: pretrained models; a model from scratch needs about 1e-3."
+        default=1e-5,
+        gt=0,
+        description="Largest learning rate. 1e-5: pretrained models; a model from scratch needs about 1e-3.",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="After the warm-up, down to 0 at the end. Cosine: usual for fine-tuning."
+        default="cosine", description="After the warm-up, down to 0 at the end. Cosine: usual for fine-tuning."
     )
     warmup_share: float = Field(
-        0.03, ge=0, le=1, description="Share of the updates over which the rate rises from 0. 3 %: usual."
+        default=0.03, ge=0, le=1, description="Share of the updates over which the rate rises from 0. 3 %: usual."
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's moment decays, arXiv 1412.6980's.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay. 0: few epochs need none.")
-    grad_clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Adam's moment decays, arXiv 1412.6980's.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay. 0: few epochs need none.")
+    grad_clip: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
     microbatch_tokens: int = Field(
-        4096, ge=1, description="Padded tokens of one forward on one rank. Bounds activation memory."
+        default=4096, ge=1, description="Padded tokens of one forward on one rank. Bounds activation memory."
     )
 
     def learner(self, base: LearnerSection, updates: int) -> LearnerSection:
