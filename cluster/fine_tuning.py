@@ -60,7 +60,7 @@ def fine_tune(config: Config, out: Path, *, console: Console) -> FineTuned:
 
 
 def pairs_of(prompts: Sequence[Prompt], renderer: Renderer) -> list[Pair]:
-    """(prompt ids, response ids) of the prompts that have a reference; the response ends with the end-of-sequence token."""
+    """(prompt ids, response ids) of the prompts that have a reference; a response ends with the end-of-sequence id."""
     return [
         (renderer.render(prompt).ids, encode_response(renderer.tokenizer, prompt.reference))
         for prompt in prompts

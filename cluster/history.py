@@ -1,7 +1,7 @@
 """What a run already came to: which commit it goes on from, and the manifest of the next one.
 
-The committed manifest is the truth (invariant 1). It is cumulative, so that an older commit can be pruned: the group ids of
-every step it contains, the groups that failed and why, the best evaluation so far.
+The committed manifest is the truth (invariant 1). It is cumulative, so that an older commit can be pruned: the group
+ids of every step it contains, the groups that failed and why, the best evaluation so far.
 """
 
 from dataclasses import dataclass, field
@@ -57,11 +57,12 @@ class History:
 def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> History:
     """Decides what the run goes on from; changes nothing yet.
 
-    `resume` is `auto` (the newest valid commit, or the beginning), `never` (a new run in an empty directory), or the path of
-    a committed checkpoint of this run.
+    `resume` is `auto` (the newest valid commit, or the beginning), `never` (a new run in an empty directory), or the
+    path of a committed checkpoint of this run.
 
     Raises:
-        UserError: `never` with a run there already, a checkpoint that is not one, or a recipe that this run cannot go on with.
+        UserError: `never` with a run there already, a checkpoint that is not one, or a recipe that this run cannot go
+            on with.
     """
     exists = run.last_incarnation() > 0
     if resume == "never" and exists:
@@ -100,8 +101,8 @@ def _check_recipe(run: RunDir, config: Config) -> None:
         if old != new:
             key = ".".join(path)
             raise UserError(
-                f"{key}: the run in {run.path} was started with {old!r}, the recipe now says {new!r}; a resumed run cannot change "
-                "it: choose another run directory"
+                f"{key}: the run in {run.path} was started with {old!r}, the recipe now says {new!r}; a resumed run "
+                "cannot change it: choose another run directory"
             )
     changed = sorted(_changed(before, now, ()))
     if changed:

@@ -30,7 +30,7 @@ class LearnerGroup:
 
 
 def learner_environment(config: Config) -> dict[str, str]:
-    """What DeepSpeed and torch read before they are imported: one thread count everywhere, the CPU where no GPU is asked for."""
+    """What DeepSpeed and torch read before they are imported: the threads, and the CPU where no GPU is asked for."""
     environment = {"OMP_NUM_THREADS": str(config.learner.threads), "TOKENIZERS_PARALLELISM": "false"}
     if not config.cluster.learner_gpus:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

@@ -83,7 +83,8 @@ def _missing(part: Part, index: int, parts: Sequence[Part], nodes: Sequence[Node
     there = "; ".join(f"{node.name}: {_amount(node.cpus, node.gpus, node.memory_gb)}" for node in nodes) or "no nodes"
     return (
         f"the cluster cannot hold the plan: no node has room for {part.name} {index + 1} of {part.count}, which needs "
-        f"{_amount(part.cpus, part.gpus, part.memory_gb)}. The plan: {wanted}; in all {total}. The cluster has {there}. "
+        f"{_amount(part.cpus, part.gpus, part.memory_gb)}. The plan: {wanted}; in all {total}. "
+        f"The cluster has {there}. "
         f"Ask for less (cluster.*_cpus, cluster.*_gpus, rollout.actors, learner.ranks) or add nodes"
     )
 

@@ -1,4 +1,4 @@
-"""The progress of a run on the terminal: one live line where there is a terminal, one line a step where there is none."""
+"""The progress of a run: one live line where there is a terminal, one line a step where there is none."""
 
 from collections.abc import Mapping
 from typing import Any

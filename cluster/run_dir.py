@@ -81,7 +81,7 @@ class RunDir:
             file.write(json.dumps({"step": step, **dict(sorted(metrics.items()))}) + "\n")
 
     def write_samples(self, step: int, groups: Sequence[Group], extra: Mapping[str, Mapping[str, Any]]) -> None:
-        """One shard a step; `extra` adds the learner's figures to a sample, by sample id. Dense maps go to files beside."""
+        """One shard a step; `extra` adds the learner's figures to a sample, by its id. Dense maps go to files."""
         self.samples.mkdir(exist_ok=True)
         shard = self.samples / f"step_{step:06d}.jsonl"
         with shard.open("w", encoding="utf-8") as file:

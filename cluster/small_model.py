@@ -1,7 +1,7 @@
 """Small policies built from a configuration, for the quickstart and for trying a recipe out without a download.
 
-About 5 million parameters: large enough to learn a few thousand questions in minutes on one core, small enough that a whole
-RL run fits beside it.
+About 5 million parameters: large enough to learn a few thousand questions in minutes on one core, small enough that a
+whole RL run fits beside it.
 """
 
 from pathlib import Path
@@ -13,14 +13,14 @@ Family = Literal["decoder", "encoder-decoder"]
 def build_small_policy(tokenizer: Any, family: Family, directory: Path, *, seed: int, context: int = 128) -> int:
     """Writes a randomly initialised policy and its tokenizer as a Hugging Face directory; returns its parameter count.
 
-    Decoder-only: Llama, 6 layers, d 256, 8 query heads over 4 key heads, tied embeddings. Encoder-decoder: T5 1.1 with gated
-    feed-forward, 4 + 4 layers, d 256, 4 heads.
+    Decoder-only: Llama, 6 layers, d 256, 8 query heads over 4 key heads, tied embeddings. Encoder-decoder: T5 1.1 with
+    gated feed-forward, 4 + 4 layers, d 256, 4 heads.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(seed)
-    special = {
+    special: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -40,6 +40,8 @@ def build_small_policy(tokenizer: Any, family: Family, directory: Path, *, seed:
             )
         )
     else:
+        # Keys that every configuration takes, but that T5Config does not declare among its own.
+        special |= {"decoder_start_token_id": tokenizer.pad_token_id, "tie_word_embeddings": True}
         model = T5ForConditionalGeneration(
             T5Config(
                 d_model=256,
@@ -50,8 +52,6 @@ def build_small_policy(tokenizer: Any, family: Family, directory: Path, *, seed:
                 num_heads=4,
                 feed_forward_proj="gated-gelu",
                 dropout_rate=0.0,
-                decoder_start_token_id=tokenizer.pad_token_id,
-                tie_word_embeddings=True,
                 **special,
             )
         )

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.05
 
 
-class PartFailed(Exception):
+class PartFailed(Exception):  # noqa: N818 - reads as what it says where it is raised
     """A part of the run died, or ended before it should have: named, with its own error."""
 
 
@@ -36,7 +36,7 @@ def part_failed(name: str, error: BaseException) -> Exception:
 
 @dataclass
 class Running:
-    """One running actor: its handle, and the reference of the call that lasts as long as it works (None: it has none)."""
+    """One actor: its handle, and the reference of the call that lasts as long as it works (None: it has none)."""
 
     name: str
     handle: Any

@@ -22,7 +22,7 @@ class TrainingData:
 
 
 def load_training_data(config: Config, run: RunDir | None = None) -> TrainingData:
-    """Loads the splits and fits the salience rule to the training prompts; salience.json keeps it for whoever comes later.
+    """Loads the splits and fits the salience rule to the training prompts; salience.json keeps it for later readers.
 
     Raises:
         UserError: a source or a row that cannot be used, or a training split without prompts.

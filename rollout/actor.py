@@ -1,7 +1,7 @@
 """The rollout actor: leases prompts, generates, streams each group on as it finishes, takes new weights between groups.
 
-It asks the ledger for work and is told by it which weights to hold: it calls no learner and no learner calls it. A lease
-is renewed while its group is being generated, so that only a dead or stuck actor loses one.
+It asks the ledger for work and is told by it which weights to hold: it calls no learner and no learner calls it. A
+lease is renewed while its group is being generated, so that only a dead or stuck actor loses one.
 
 A prompt that cannot be generated for is a failure of data and is reported as such; anything else that goes wrong is a
 failure of infrastructure, ends the actor, and the lease passes to another.
@@ -107,8 +107,8 @@ class RolloutLoop:
         limit, prompt_tokens = self._engine.max_context, len(prepared.rendered.ids)
         if limit is not None and prompt_tokens + self._section.max_tokens > limit:
             raise UserError(
-                f"prompt {lease.prompt.prompt_id}: {prompt_tokens} tokens and rollout.max_tokens {self._section.max_tokens} "
-                f"exceed the model's context of {limit}"
+                f"prompt {lease.prompt.prompt_id}: {prompt_tokens} tokens and rollout.max_tokens "
+                f"{self._section.max_tokens} exceed the model's context of {limit}"
             )
         seed = group_seed(self._seed, lease.epoch, lease.prompt.prompt_id, version.step)
         request = request_of(prepared, sampling_of(self._section), seed, self._section.keep_maps)

@@ -11,7 +11,7 @@ class PlanError(UserError):
     """The cluster cannot hold the plan: exit code 3."""
 
 
-class Deadline(Exception):
+class Deadline(Exception):  # noqa: N818 - reads as what it says where it is raised
     """A wait that has passed its deadline (invariant 6).
 
     `waited_for` says what, `who` did not answer, `seconds` how long it was waited for.

@@ -93,8 +93,9 @@ class Lease(Record):
 class Attention(Record):
     """A sample's attention on its context: M_t, C_t, E_t and X_t of the specification, one number a response token.
 
-    `content` and `salient` are positions in the prompt; `salient_weights` is aligned to `salient`. `map` holds the dense
-    rows [T][P] where they were asked for and stand inline; `map_ref` names the file that holds them in a run directory.
+    `content` and `salient` are positions in the prompt; `salient_weights` is aligned to `salient`. `map` holds the
+    dense rows [T][P] where they were asked for and stand inline; `map_ref` names the file that holds them in a run
+    directory.
     """
 
     layers: tuple[int, ...]

@@ -46,7 +46,7 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    def __init__(self, run_dir: Path, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, _name: str, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._writer: Any = SummaryWriter(log_dir=str(run_dir / "tensorboard"))
@@ -90,7 +90,7 @@ class MlflowSink:
 
 
 class TrackioSink:
-    def __init__(self, run_dir: Path, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, _run_dir: Path, name: str, config: Mapping[str, Any]) -> None:
         self._trackio: Any = _import("trackio")
         self._trackio.init(project="attune", name=name, config=dict(config))
 

@@ -1,4 +1,4 @@
-"""Runs of the whole service: real Ray, DeepSpeed, Redis and HTTP, a tiny policy, the command line as a user calls it."""
+"""Runs of the whole service: real Ray, DeepSpeed, Redis and HTTP, a tiny policy, the command line as users call it."""
 
 import os
 import subprocess

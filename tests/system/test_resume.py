@@ -1,5 +1,5 @@
-"""Invariant 5: the same run twice, and a run that was stopped or killed and resumed, give the same weights bit for bit and
-the same metrics; one step ahead, every group is accounted for after the same.
+"""Invariant 5: the same run twice, and a run that was stopped or killed and resumed, give the same weights bit for bit
+and the same metrics; one step ahead, every group is accounted for after the same.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What users get wrong, and what fails around a run: one message that names it, the right exit code, nothing that hangs."""
+"""What users get wrong, and what fails around a run: one message that names it, the right exit code, no hanging."""
 
 import http.server
 import json
@@ -91,9 +91,7 @@ def test_a_model_that_is_no_language_model(capfd: pytest.CaptureFixture[str], re
     ViTModel(
         ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
     ).save_pretrained(directory)
-    message = refused(
-        capfd, "train", str(recipe(policy={"model": str(directory)})), "--run-dir", str(tmp_path / "run")
-    )
+    message = refused(capfd, "train", str(recipe(policy={"model": str(directory)})), "--run-dir", str(tmp_path / "run"))
     assert "policy.model" in message
     assert "language model" in message
 
@@ -171,9 +169,7 @@ def server_that(behaviour: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("behaviour", ["500", "garbage", "never"])
-def test_a_reward_server_that_does_not_score(
-    attune: Attune, recipe: Recipe, tmp_path: Path, behaviour: str
-) -> None:
+def test_a_reward_server_that_does_not_score(attune: Attune, recipe: Recipe, tmp_path: Path, behaviour: str) -> None:
     """The run ends with the server's name; no group was given a number, none was lost."""
     with server_that(behaviour) as url:
         worker = {"url": url, "timeout_s": 0.5, "outage_s": 2.0, "backoff_s": 0.05}
