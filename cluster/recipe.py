@@ -2,9 +2,9 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -41,7 +41,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of the tree with `a.b=value` set for each override."""
-    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+    result: dict[str, Any] = _plain(tree)
     for override in overrides:
         key, separator, raw = override.partition("=")
         if not separator or not key.strip():
@@ -59,8 +59,13 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
                     f"override {key}: {'.'.join(parents[: depth + 1])} is no section, it has the value {child!r}"
                 )
             node = child
-        node[leaf] = value
+        node[leaf] = _plain(value)
     return result
+
+
+def _plain(value: Any) -> Any:
+    """A copy in JSON's types: YAML reads a date where its text is meant."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def resolve(tree: Mapping[str, Any], origin: str) -> Config:
@@ -71,7 +76,7 @@ def resolve(tree: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from error
+        raise UserError(f"{origin}: " + "; ".join(_describe(item, tree) for item in error.errors())) from error
 
 
 def save_resolved(config: Config, path: Path) -> None:
@@ -96,25 +101,47 @@ def _unknown_keys(model: type[BaseModel], tree: Mapping[str, Any], path: tuple[s
             )
             problems.append(f"unknown key {'.'.join(here)!r}: {hint}")
             continue
-        section = _section_of(model.model_fields[key].annotation)
-        if section is not None and isinstance(value, Mapping):
-            problems.extend(_unknown_keys(section, value, here))
+        annotation = model.model_fields[key].annotation
+        sections = _sections_in(annotation)
+        if get_origin(annotation) is dict and isinstance(value, Mapping):
+            for name, entry in value.items():
+                of_kind = [section for section in sections if _is_of_kind(section, entry)]
+                if of_kind:
+                    problems.extend(_unknown_keys(of_kind[0], entry, (*here, str(name))))
+        elif len(sections) == 1 and isinstance(value, Mapping):
+            problems.extend(_unknown_keys(sections[0], value, here))
     return problems
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *get_args(annotation)]
-    sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
-    return sections[0] if len(sections) == 1 else None
+def _is_of_kind(section: type[BaseModel], entry: Any) -> bool:
+    """Whether an entry of a mapping of sections, which are told apart by their `kind`, is this one."""
+    kind = section.model_fields.get("kind")
+    return isinstance(entry, Mapping) and kind is not None and entry.get("kind") == kind.default
 
 
-def _describe(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
+
+
+def _describe(item: Any, tree: Mapping[str, Any]) -> str:
+    key = ".".join(_path_of(item["loc"], tree))
     if item["type"] == "missing":
         return f"{key}: is required"
     value = item["input"]
     shown = "" if isinstance(value, Mapping) else f"value {value!r}: "
     return f"{key}: {shown}{item['msg']}" if key else f"{item['msg']}"
+
+
+def _path_of(location: Sequence[int | str], tree: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of an error's location: pydantic puts the kind of an entry between them, which is no key."""
+    node: Any = tree
+    for place, part in enumerate(location):
+        if isinstance(node, Mapping) and part not in node and part == node.get("kind") and place > 0:
+            continue
+        yield str(part)
+        node = node.get(part) if isinstance(node, Mapping) else None
 
 
 def load_reward_section(path: Path, overrides: Sequence[str] = ()) -> RewardSection:
@@ -130,5 +157,5 @@ def load_reward_section(path: Path, overrides: Sequence[str] = ()) -> RewardSect
     try:
         return RewardSection.model_validate(tree.get("reward") or {})
     except ValidationError as error:
-        described = "; ".join(_describe({**item, "loc": ("reward", *item["loc"])}) for item in error.errors())
+        described = "; ".join(_describe({**item, "loc": ("reward", *item["loc"])}, tree) for item in error.errors())
         raise UserError(f"{path}: {described}") from error

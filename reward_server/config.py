@@ -5,7 +5,7 @@ import json
 import os
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from services.attention.options import PRESETS, AttentionOptions
 from services.config_base import Section
@@ -45,6 +45,11 @@ class AttentionSource(SourceBase):
     options: AttentionOptions = Field(
         default=AttentionOptions(), description="Options laid over the preset: only those that are given count."
     )
+
+    @field_serializer("options")
+    def _only_what_was_given(self, options: AttentionOptions) -> dict[str, Any]:
+        """A saved recipe must resolve to the same: a default written down would count as given, over the preset."""
+        return options.model_dump(exclude_unset=True)
 
     def resolved(self) -> AttentionOptions:
         """The preset with the given options laid over it."""
