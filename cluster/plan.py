@@ -53,23 +53,19 @@ def place(parts: Sequence[Part], nodes: Sequence[Node]) -> dict[str, list[str]]:
     Raises:
         PlanError: names the first part that does not fit, and what is missing.
     """
-    free = {node.name: [node.cpus, node.gpus, node.memory_gb] for node in nodes}
+    # By place, not by name: two nodes of one machine have the same.
+    free = [[node.cpus, node.gpus, node.memory_gb] for node in nodes]
     placed: dict[str, list[str]] = {part.name: [] for part in parts}
     for part in sorted(parts, key=lambda part: (-part.gpus, -part.cpus, -part.memory_gb, part.name)):
         need = (part.cpus, part.gpus, part.memory_gb)
         for index in range(part.count):
-            name = next(
-                (
-                    name
-                    for name, left in free.items()
-                    if all(n <= have + 1e-9 for n, have in zip(need, left, strict=True))
-                ),
-                None,
-            )
-            if name is None:
+            for node, left in zip(nodes, free, strict=True):
+                if all(n <= have + 1e-9 for n, have in zip(need, left, strict=True)):
+                    left[:] = [have - n for n, have in zip(need, left, strict=True)]
+                    placed[part.name].append(node.name)
+                    break
+            else:
                 raise PlanError(_missing(part, index, parts, nodes))
-            free[name] = [have - n for n, have in zip(need, free[name], strict=True)]
-            placed[part.name].append(name)
     return placed
 
 

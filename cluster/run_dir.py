@@ -57,6 +57,7 @@ class RunDir:
         handle.write(f"process {os.getpid()} on {os.uname().nodename}")
         handle.flush()
         self._lock = handle
+        drop_torn_line(self.events)
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -126,6 +127,12 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             yield json.loads(line)
+
+
+def drop_torn_line(path: Path) -> None:
+    """Removes a last line that was cut short, so that what is appended next stands on a line of its own."""
+    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,203 @@
+"""The run directory: one driver at a time, torn lines, cutting back to a commit, dense maps in files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from cluster.run_dir import RunDir, read_jsonl, write_atomically
+from services.errors import UserError
+from services.records import Attention, Group, PolicyVersion, Prompt, Sample
+
+
+def sample_of(group_id: str, index: int, rows: tuple[tuple[float, ...], ...] | None = None) -> Sample:
+    ones = (1.0, 1.0)
+    return Sample(
+        sample_id=f"{group_id}:{index}",
+        group_id=group_id,
+        prompt_id=group_id.partition(":")[2],
+        attempt=1,
+        policy_versions=((1, 0, 2),),
+        prompt="Größe?",
+        prompt_ids=(5, 6, 7),
+        response="ja",
+        response_ids=(1, 2),
+        finish_reason="stop",
+        logprobs=(-0.5, -0.25),
+        attention=Attention(
+            layers=(0,),
+            content=(0, 1, 2),
+            salient=(1,),
+            salient_weights=(1.0,),
+            mass=ones,
+            salient_mass=ones,
+            neg_entropy_sum=ones,
+            peak=ones,
+            map=rows,
+        ),
+        created_at=0.0,
+    )
+
+
+def group_of(group_id: str, *samples: Sample) -> Group:
+    return Group(
+        group_id=group_id,
+        attempt=1,
+        epoch=0,
+        order=0,
+        version=PolicyVersion(1, 0),
+        prompt=Prompt(prompt_id=group_id.partition(":")[2], source="tests", text="Größe?"),
+        eos_ids=(2,),
+        samples=samples,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "runs" / "one")
+    run.path.mkdir(parents=True)
+    return run
+
+
+# ---- the lock
+
+HOLD = """
+import sys
+from pathlib import Path
+from cluster.run_dir import RunDir
+run = RunDir(Path(sys.argv[1]))
+run.lock()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_driver_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run"
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as caught:
+            RunDir(path).lock()
+        assert f"in use by process {other.pid} on {os.uname().nodename}" in str(caught.value)
+        assert str(path) in str(caught.value)
+        other.kill()
+    run = RunDir(path)
+    run.lock()
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} "):
+        RunDir(path).lock()
+    run.unlock()
+    run.unlock()
+    RunDir(path).lock()
+
+
+def test_a_directory_that_cannot_be_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        RunDir(tmp_path / "file" / "run").lock()
+
+
+# ---- events
+
+
+def test_events_are_lines_and_the_last_start_counts(run: RunDir) -> None:
+    assert run.last_incarnation() == 0
+    run.event("start", incarnation=1, run_id="abc")
+    run.event("group_failed", group_id="0:p", reason="zu lang – 97 Zeichen")
+    run.event("start", incarnation=2, run_id="abc")
+    run.event("ended", error="x")
+    assert run.last_incarnation() == 2
+    events = list(read_jsonl(run.events))
+    assert [event["event"] for event in events] == ["start", "group_failed", "start", "ended"]
+    assert [event["time"] for event in events] == sorted(event["time"] for event in events)
+    assert "–" in run.events.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("cut", [1, 7, 30])
+def test_an_event_cut_short_costs_no_other(run: RunDir, cut: int) -> None:
+    run.event("start", incarnation=1, run_id="abc")
+    run.event("start", incarnation=2, run_id="abc")
+    os.truncate(run.events, run.events.stat().st_size - cut)
+    assert run.last_incarnation() == 1
+    run.lock()  # as the next start does
+    run.event("start", incarnation=2, run_id="abc")
+    run.event("committed", step=1)
+    assert [event["event"] for event in read_jsonl(run.events)] == ["start", "start", "committed"]
+    run.unlock()
+
+
+# ---- metrics, samples and what a resume leaves of them
+
+
+def filled(run: RunDir, steps: int) -> None:
+    for step in range(steps):
+        run.write_metrics(step, {"reward/mean": step / 7, "a": step, "incarnation": 1})
+        rows = ((0.25, 0.5, 0.25), (0.0, 1.0, 0.0))
+        groups = [group_of(f"0:p{step}", sample_of(f"0:p{step}", 0, rows), sample_of(f"0:p{step}", 1))]
+        run.write_samples(step, groups, {f"0:p{step}:1": {"advantage": 0.5}})
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_metrics_have_the_step_first_and_then_sorted_keys(run: RunDir) -> None:
+    filled(run, 2)
+    assert run.metrics.read_text().splitlines()[1] == '{"step": 1, "a": 1, "incarnation": 1, "reward/mean": %r}' % (
+        1 / 7
+    )
+
+
+def test_samples_are_shards_with_maps_beside_them(run: RunDir) -> None:
+    filled(run, 1)
+    first, second = read_jsonl(run.samples / "step_000000.jsonl")
+    assert (first["step"], first["sample_id"]) == (0, "0:p0:0")
+    assert "advantage" not in first
+    assert second["advantage"] == 0.5
+    assert first["prompt"] == "Größe?"
+    assert first["attention"]["map"] is None
+    assert second["attention"]["map_ref"] is None
+    stored = load_file(run.path / first["attention"]["map_ref"])["map"]
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(stored, [[0.25, 0.5, 0.25], [0.0, 1.0, 0.0]])
+    # Without the keys that the log adds, a row is a sample again.
+    Sample.model_validate({key: value for key, value in first.items() if key != "step"})
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 5, 9])
+def test_cutting_back_leaves_the_steps_of_the_commit(run: RunDir, steps: int) -> None:
+    filled(run, 5)
+    before = run.metrics.read_text().splitlines(keepends=True)
+    run.cut_back(steps)
+    left = min(steps, 5)
+    assert run.metrics.read_text() == "".join(before[:left])
+    assert names(run.samples) == sorted(["maps", *(f"step_{step:06d}.jsonl" for step in range(left))])
+    assert names(run.maps) == [f"step_{step:06d}" for step in range(left)]
+
+
+def test_cutting_back_takes_a_torn_last_line_with_it(run: RunDir) -> None:
+    filled(run, 3)
+    os.truncate(run.metrics, run.metrics.stat().st_size - 4)
+    run.cut_back(3)
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [0, 1]
+    run.write_metrics(2, {"a": 2})
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_cutting_back_an_empty_directory_makes_nothing(run: RunDir) -> None:
+    run.cut_back(0)
+    assert list(run.path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
