@@ -53,10 +53,14 @@ class Feed:
         return self._registered == self._epochs
 
     def top_up(self, ledger: Ledger, window: int) -> None:
-        """Gives the next `window` pending groups their prompts."""
-        missing = ledger.missing_payload(window)
-        if missing:
-            ledger.attach({group_id: self._by_group[group_id] for group_id in missing})
+        """Gives those of the next `window` pending groups their prompts that have none yet."""
+        missing = set(ledger.missing_payload(window))
+        if not missing:
+            return
+        following = [row.group_id for row in ledger.list("pending", window)]
+        # A run that went further before it was stopped has registered epochs that this one has not come to.
+        known = [group_id for group_id in following if group_id in missing and group_id in self._by_group]
+        ledger.attach({group_id: self._by_group[group_id] for group_id in known})
 
     def admission_limit(self, step: int, max_staleness: int) -> int:
         """Groups that may ever have been leased, failed ones not counted, while `step` steps are done (invariant 3)."""
