@@ -10,7 +10,6 @@ failure of infrastructure, ends the actor, and the lease passes to another.
 import asyncio
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from rollout.config import RolloutSection
 from rollout.engine import Engine
@@ -78,10 +77,10 @@ class RolloutLoop:
         try:
             self._loaded = await self._engine.load_weights(answer.path)
         except (FileNotFoundError, Corrupt):
-            if Path(answer.path).exists():
+            gate = await asyncio.to_thread(self._ledger.gate)
+            if gate is not None and gate.weights == answer.path:
                 raise
             # Removed while it was being read, because a newer version was published: the next lease names that one.
-            await asyncio.sleep(self._section.poll_s)
         self.counters.busy_s += time.monotonic() - started
 
     async def _work(self, lease: Lease) -> None:
