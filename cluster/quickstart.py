@@ -49,6 +49,9 @@ def quickstart(run_dir: Path, *, steps: int | None, engine: str, family: str, co
     """
     if family not in RECIPES:
         raise UserError(f"--family {family}: allowed are {', '.join(RECIPES)}")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # its bars for models of a few MB say nothing
     began = time.monotonic()
     questions, base, tuned = run_dir / "data" / "questions.jsonl", run_dir / "base", run_dir / "sft"
     recipe = find_recipe(RECIPES[family])

@@ -1,0 +1,63 @@
+"""The other stages by their commands: fine-tuning, evaluation against a baseline, the scoring service alone."""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+Attune = Callable[..., tuple[int, str]]
+Recipe = Callable[..., Path]
+
+
+def test_fine_tuning_then_evaluation_against_the_start(
+    attune: Attune, recipe: Recipe, tmp_path: Path, tiny_decoder: Path
+) -> None:
+    tuned, figures = tmp_path / "tuned", tmp_path / "figures.json"
+    path = recipe(
+        sft={"epochs": 4, "batch_size": 8, "lr": 3e-3},
+        evaluation={"prompts": 6, "samples": 2, "resamples": 100},
+    )
+    code, output = attune("sft", str(path), "--out", str(tuned))
+    assert code == 0, output
+    assert "epoch 4" in output
+    code, output = attune("sft", str(path), "--out", str(tuned))
+    assert code == 2, output  # never over a model that is there
+
+    arguments = ("--model", str(tuned), "--baseline", str(tiny_decoder), "--split", "validation")
+    code, output = attune("evaluate", str(path), *arguments, "--json", str(figures))
+    assert code == 0, output
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    changes = {(change["decoding"], change["metric"]): change for change in found["changes"]}
+    perplexity = changes["greedy", "perplexity"]
+    assert perplexity["after"] < perplexity["before"]
+    assert ("nucleus", "reward") in changes
+    rescored = {(change["decoding"], change["metric"]) for change in found["changes_under_starting_attention"]}
+    assert ("nucleus", "reward") in rescored
+
+
+def test_the_scoring_service_alone(start: Callable[..., subprocess.Popen[str]]) -> None:
+    """Without Ray, on a free port, until a signal."""
+    process = start("reward-server", "recipes/reward/attention.yaml", "--port", "0")
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        url = next(word for word in line.split() if word.startswith("http://"))
+        item = {
+            "id": "a",
+            "response_ids": [5, 6],
+            "attention": {"rows": [[0.5, 0.5], [0.9, 0.1]], "content": [0, 1], "salient": [0], "salient_weights": None},
+        }
+        deadline = time.monotonic() + 30
+        while httpx.get(url + "/readyz").status_code != 200:
+            assert time.monotonic() < deadline
+        answer = httpx.post(url + "/v1/rewards", json={"items": [item]}).json()
+        assert answer["results"][0]["status"] == "ok"
+        assert answer["results"][0]["components"]["attention"]["detail"]["coverage"] == 0.7
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    assert process.returncode == 0
