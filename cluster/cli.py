@@ -72,7 +72,13 @@ def train(
 
 @app.command()
 def quickstart(
-    run_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/quickstart"),
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where everything is written; by default runs/quickstart, or runs/quickstart-encoder-decoder.",
+            show_default=False,
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="RL steps; by default the recipe's.")] = None,
     engine: Annotated[Literal["transformers"], typer.Option(help="What generates.")] = "transformers",
     family: Annotated[
@@ -82,7 +88,8 @@ def quickstart(
     """Builds a small policy from generated questions, fine-tunes it, trains it by its attention, evaluates it."""
     from cluster.quickstart import quickstart as run_quickstart
 
-    code = run_quickstart(run_dir, steps=steps, engine=engine, family=family, console=_console())
+    directory = run_dir or Path("runs/quickstart" if family == "decoder" else f"runs/quickstart-{family}")
+    code = run_quickstart(directory, steps=steps, engine=engine, family=family, console=_console())
     raise typer.Exit(code)
 
 

@@ -83,8 +83,9 @@ def quickstart(run_dir: Path, *, steps: int | None, engine: str, family: str, co
     if outcome.stopped:
         console.print(f"Stopped by {outcome.stopped}; call it again to go on.", highlight=False)
         return 4 if outcome.has_commit else 1
-    after = _evaluated(run_dir / "evaluation-after.json", config, run_dir / "policy", prompts, "after RL", console)
-    rescored = _rescored(run_dir / "evaluation-rescored.json", config, tuned, after)
+    after_file = run_dir / "evaluation-after.json"
+    after = _evaluated(after_file, config, run_dir / "policy", prompts, "after RL", console)
+    rescored = _rescored(run_dir / "evaluation-rescored.json", config, tuned, after, after_file)
     console.print(comparison_table(before, after, rescored))
     write_atomically(
         run_dir / "comparison.json", json.dumps(comparison(before, after, rescored), indent=1, allow_nan=False) + "\n"
@@ -136,7 +137,7 @@ def _tune(config: Config, base: Path, out: Path, console: Console) -> str:
 def _evaluated(
     file: Path, config: Config, model: Path, prompts: list[Any], label: str, console: Console
 ) -> EvaluationResult:
-    if file.exists():
+    if _stands(file, model):
         return load_result(file)
     console.print(f"[bold]Evaluating[/bold] {label} ...", highlight=False)
     own = with_model(config, model)
@@ -145,8 +146,13 @@ def _evaluated(
     return result
 
 
-def _rescored(file: Path, config: Config, start: Path, after: EvaluationResult) -> EvaluationResult:
-    if file.exists():
+def _stands(result: Path, made_from: Path) -> bool:
+    """Whether a result is there and no older than what it was made from: training that went on makes a new policy."""
+    return result.exists() and result.stat().st_mtime >= made_from.stat().st_mtime
+
+
+def _rescored(file: Path, config: Config, start: Path, after: EvaluationResult, after_file: Path) -> EvaluationResult:
+    if _stands(file, after_file):
         return load_result(file)
     own = with_model(config, start)
     result = asyncio.run(rescore(build_engine(own.policy, own.attention, own.rollout), after))
