@@ -14,7 +14,7 @@ def build_small_policy(tokenizer: Any, family: Family, directory: Path, *, seed:
     """Writes a randomly initialised policy and its tokenizer as a Hugging Face directory; returns its parameter count.
 
     Decoder-only: Llama, 6 layers, d 256, 8 query heads over 4 key heads, tied embeddings. Encoder-decoder: T5 1.1 with
-    gated feed-forward, 4 + 4 layers, d 256, 4 heads.
+    gated feed-forward, 3 + 3 layers, d 256, 4 heads.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -47,8 +47,8 @@ def build_small_policy(tokenizer: Any, family: Family, directory: Path, *, seed:
                 d_model=256,
                 d_kv=64,
                 d_ff=512,
-                num_layers=4,
-                num_decoder_layers=4,
+                num_layers=3,
+                num_decoder_layers=3,
                 num_heads=4,
                 feed_forward_proj="gated-gelu",
                 dropout_rate=0.0,
