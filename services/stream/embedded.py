@@ -99,7 +99,13 @@ class EmbeddedRedis:
         return self._server.pid
 
     def alive(self) -> bool:
-        return self._server is not None and self._server.poll() is None
+        """Asks the kernel: `poll` says nothing while the thread that waits for the server has yet to take note."""
+        if self._server is None or self._server.returncode is not None:
+            return False
+        try:
+            return os.waitid(os.P_PID, self._server.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:
+            return False
 
     def __enter__(self) -> Self:
         self.start()

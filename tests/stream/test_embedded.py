@@ -55,6 +55,7 @@ def test_what_was_answered_survives_a_kill_of_the_server(tmp_path: Path) -> None
             client.set(f"key{n}", n)
         os.kill(server.pid, signal.SIGKILL)
         assert gone(server.pid)
+        assert not server.alive()
         url = server.url
         server.start()
         assert server.url == url  # the clients of a run know no other
