@@ -21,6 +21,7 @@ from cluster.signals import Stopped, stop_request
 from cluster.supervise import Supervisor
 from cluster.training import Outcome, Training
 from cluster.training_data import load_training_data
+from learner.commit import drop_checkpoints_after
 from services.errors import UserError
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
@@ -56,6 +57,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             check_reach(config, len(nodes))
             weights_dir = stack.enter_context(shared_weights(config, history.run_id))
             run.cut_back(history.steps_done)
+            drop_checkpoints_after(run.path, history.steps_done)
             save_resolved(config, run.config)
             run.event("start", run_id=history.run_id, incarnation=history.incarnation, step=history.steps_done)
             supervisor = Supervisor(ray, run, ledger, config.cluster.restarts, config.cluster.start_s)

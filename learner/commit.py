@@ -129,16 +129,33 @@ def latest_committed(run_dir: str | Path) -> Latest:
     return Latest(None, tuple(problems))
 
 
+def drop_checkpoints_after(run_dir: str | Path, step: int) -> list[Path]:
+    """Removes the checkpoints of later steps than a run goes on from, and returns them.
+
+    They are damaged, or the run was told to go on from before them. Left in place they would count as the newest: what
+    the run commits from now on would be pruned in their stead, and the next resume would take up what was left behind.
+    """
+    root = Path(run_dir) / "checkpoints"
+    removed = [root / f"step_{later}" for later in sorted(_steps(root), reverse=True) if later > step]
+    for path in removed:
+        _remove(path)
+    return removed
+
+
 def prune_checkpoints(run_dir: str | Path, keep: int) -> list[Path]:
     """Removes all committed checkpoints but the newest `keep` (0: none is removed), and what unfinished ones left."""
     root = Path(run_dir) / "checkpoints"
     committed = sorted(step for step in _steps(root) if (root / f"step_{step}" / COMMITTED).is_file())
     removed = [root / f"step_{step}" for step in committed[:-keep]] if keep else []
     for path in removed:
-        # Without the marker first: a removal that is cut short must not leave a checkpoint that looks damaged.
-        (path / COMMITTED).unlink()
-        shutil.rmtree(path)
+        _remove(path)
     return removed
+
+
+def _remove(path: Path) -> None:
+    # Without the marker first: a removal that is cut short must not leave a checkpoint that looks damaged.
+    (path / COMMITTED).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def _steps(root: Path) -> list[int]:

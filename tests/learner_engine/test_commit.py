@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from learner.commit import begin_checkpoint, commit_checkpoint, latest_committed, prune_checkpoints, read_commit
+from learner.commit import (
+    begin_checkpoint,
+    commit_checkpoint,
+    drop_checkpoints_after,
+    latest_committed,
+    prune_checkpoints,
+    read_commit,
+)
 from services.errors import UserError
 
 
@@ -92,6 +99,20 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in prune_checkpoints(tmp_path, 2)] == ["step_2"]
     assert prune_checkpoints(tmp_path, 0) == []
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_4", "step_30", "step_40.partial"}
+
+
+def test_a_run_that_goes_on_from_an_earlier_commit_leaves_no_later_one(tmp_path: Path) -> None:
+    """Else the commits that follow would be pruned for older ones of higher numbers, and resumed past."""
+    for step in (10, 20, 30):
+        commit(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_30" / "COMMITTED").unlink()
+    assert [path.name for path in drop_checkpoints_after(tmp_path, 10)] == ["step_30", "step_20"]
+    commit(tmp_path, 11)
+    prune_checkpoints(tmp_path, 1)
+    found = latest_committed(tmp_path)
+    assert found.commit is not None
+    assert found.commit.step == 11
+    assert drop_checkpoints_after(tmp_path / "elsewhere", 0) == []
 
 
 def test_only_a_partial_directory_is_committed(tmp_path: Path) -> None:
