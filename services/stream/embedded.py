@@ -102,10 +102,7 @@ class EmbeddedRedis:
         """Asks the kernel: `poll` says nothing while the thread that waits for the server has yet to take note."""
         if self._server is None or self._server.returncode is not None:
             return False
-        try:
-            return os.waitid(os.P_PID, self._server.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        except ChildProcessError:
-            return False
+        return _stat_of(self._server.pid)[0] not in ("Z", "X", "")
 
     def __enter__(self) -> Self:
         self.start()
@@ -120,6 +117,8 @@ class EmbeddedRedis:
         """Starts the server and waits until it has loaded its data. Again after a death: the url stays the same."""
         if self.alive():
             return
+        if self._server is not None:
+            self._server.wait(_STOP_S)  # one that was killed holds its port and lock until its last thread has ended
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for left_over in self.directory.glob("temp-rewriteaof-*.aof"):
             left_over.unlink(missing_ok=True)
@@ -209,7 +208,7 @@ class EmbeddedRedis:
             pid, parent = map(int, (self.directory / "lock").read_text("utf-8").split())
         except ValueError:
             pid = parent = 0
-        if pid and _serves(pid, self.directory) and _parent_of(pid) != parent:
+        if pid and _serves(pid, self.directory) and _stat_of(pid)[1] != parent:
             log.warning("redis-server %d in %s has lost its parent %d and is killed", pid, self.directory, parent)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -270,8 +269,10 @@ def _serves(pid: int, directory: Path) -> bool:
         return False
 
 
-def _parent_of(pid: int) -> int:
+def _stat_of(pid: int) -> tuple[str, int]:
+    """(state letter, parent) of a process; ("", 0) where there is none."""
     try:
-        return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+        state, parent = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[:2]
+        return state, int(parent)
     except OSError:
-        return 0
+        return "", 0
