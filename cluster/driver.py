@@ -23,9 +23,8 @@ from cluster.training import Outcome, Training
 from cluster.training_data import load_training_data
 from learner.commit import drop_checkpoints_after
 from services.errors import UserError
-from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
-from services.stream.ledger import Ledger
+from services.stream.ledger import open_ledger
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
         with ExitStack() as stack:
             stop = stack.enter_context(stop_request())
             url = stack.enter_context(stream_url(config, run))
-            ledger = Ledger(connect(url, config.stream.connect_timeout_s), history.run_id)
+            ledger = open_ledger(url, history.run_id, config.stream)
             ray = stack.enter_context(ray_cluster(config.cluster))
             stop.install()
             nodes = nodes_of_ray(ray.nodes())
@@ -110,7 +109,7 @@ def stream_url(config: Config, run: RunDir) -> Iterator[str]:
     if config.stream.url is not None:
         yield config.stream.resolved_url()
         return
-    with EmbeddedRedis(run.redis, config.stream.appendfsync) as server:
+    with EmbeddedRedis(run.redis, config.stream.appendfsync, maxmemory_mb=config.stream.maxmemory_mb) as server:
         yield server.url
 
 

@@ -50,7 +50,7 @@ def start_rewards(
             run_id=run_id,
             min_ok=config.min_ok_samples,
             name=name,
-            connect_s=config.stream.connect_timeout_s,
+            stream=config.stream,
         )
         supervisor.services.append(Running(name, worker, worker.run.remote()))
 
@@ -79,7 +79,7 @@ def start_rollouts(
             "run_id": run_id,
             "owner": owner,
             "seed": config.run.seed,
-            "connect_s": config.stream.connect_timeout_s,
+            "stream": config.stream,
         }
         handle = supervisor.actor(RolloutWorker, part, environment, **arguments)
         return Running(owner, handle, handle.run.remote())

@@ -9,8 +9,8 @@ from reward_server.client import RewardClient
 from reward_server.config import RewardSection
 from reward_server.serve import RewardServer, is_loopback
 from reward_server.worker import ScoringWorker
-from services.stream.connect import connect
-from services.stream.ledger import Ledger
+from services.stream.config import StreamSection
+from services.stream.ledger import open_ledger
 
 
 class RewardActor(RewardServer):
@@ -33,10 +33,10 @@ class ScoringActor:
         run_id: str,
         min_ok: int,
         name: str,
-        connect_s: float,
+        stream: StreamSection,
     ) -> None:
         client = RewardClient(url, token, section.worker.timeout_s)
-        ledger = Ledger(connect(stream_url, connect_s), run_id)
+        ledger = open_ledger(stream_url, run_id, stream)
         self._worker = ScoringWorker(ledger, client, section.worker, min_ok, consumer=name)
 
     async def run(self) -> None:

@@ -335,7 +335,8 @@ class Training:
         self.learner_busy = False
         self._note_failures()
         commit_checkpoint(partial, self.history.manifest())
-        self.ledger.commit(self.history.steps)
+        uncommitted = range(self.history.committed_steps, steps)
+        self.ledger.commit({step: self.history.steps[step] for step in uncommitted})
         self.history.committed_steps = steps
         prune_checkpoints(self.run.path, self.config.checkpoint.keep)
         self.last_commit_s = time.monotonic() - began

@@ -25,6 +25,8 @@ from learner.zero import device_of, join_ranks
 from services.models import DTYPES, decoder_start_of, load_policy_model, load_tokenizer
 from services.models_config import PolicySection
 from services.records import Group, PolicyVersion
+from services.stream.config import StreamSection
+from services.stream.ledger import Ledger, open_ledger
 
 
 class LearnerWorker:
@@ -40,10 +42,10 @@ class LearnerWorker:
         self._run: Mapping[str, Any] = config.get("run", {})
         self._rollout: Mapping[str, Any] = config.get("rollout", {})
         self._cluster: Mapping[str, Any] = config.get("cluster", {})
-        self._stream: Mapping[str, Any] = config.get("stream", {})
+        self._stream = StreamSection.model_validate(config.get("stream", {}))
         self._engine: Engine | None = None
         self._reference: Reference | None = None
-        self._client: tuple[str, Any] | None = None
+        self._ledger: tuple[str, Ledger] | None = None
         self.trainer = TrainerState.start(self.section)
 
     def address(self) -> tuple[str, int]:
@@ -192,13 +194,9 @@ class LearnerWorker:
         )
 
     def _fetch(self, group_ids: Sequence[str], url: str, run_id: str) -> list[Group]:
-        from services.stream.ledger import Ledger
-
-        from services.stream.connect import connect
-
-        if self._client is None or self._client[0] != url:
-            self._client = (url, connect(url, float(self._stream.get("connect_timeout_s", 10.0))))
-        return Ledger(self._client[1], run_id).fetch(list(group_ids))
+        if self._ledger is None or self._ledger[0] != url:
+            self._ledger = (url, open_ledger(url, run_id, self._stream))
+        return self._ledger[1].fetch(list(group_ids))
 
     def _host(self) -> str:
         """The address that other nodes reach this one by; loopback where the ranks are all here."""

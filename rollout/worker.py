@@ -10,8 +10,8 @@ from rollout.prepare import Preparation
 from services.attention.config import CaptureSection
 from services.models import load_config, load_tokenizer, max_context_of
 from services.models_config import PolicySection
-from services.stream.connect import connect
-from services.stream.ledger import Ledger
+from services.stream.config import StreamSection
+from services.stream.ledger import open_ledger
 from services.text.config import DataSection, SalienceSection
 from services.text.render import Renderer
 from services.text.salience import Idf
@@ -50,11 +50,11 @@ class RolloutWorker:
         run_id: str,
         owner: str,
         seed: int,
-        connect_s: float,
+        stream: StreamSection,
     ) -> None:
         fitted = None if idf is None else Idf.from_json(idf)
         self._engine = build_engine(policy, capture, rollout)
-        ledger = Ledger(connect(stream_url, connect_s), run_id)
+        ledger = open_ledger(stream_url, run_id, stream)
         preparation = Preparation(build_renderer(policy, data, rollout.max_tokens), salience, fitted)
         self._loop = RolloutLoop(self._engine, ledger, preparation, rollout, owner=owner, seed=seed)
 

@@ -28,6 +28,8 @@ import redis
 from services.records import Failure, Group, GroupState, Lease, PolicyVersion, Prompt
 from services.stream.calls import Argument, Calls
 from services.stream.codec import decode_group, decode_prompt, encode_group, encode_prompt, failure_from_json
+from services.stream.config import StreamSection
+from services.stream.connect import connect
 from services.stream.errors import LedgerError
 
 T = TypeVar("T")
@@ -339,6 +341,16 @@ class Ledger:
 
     def _script(self, name: str, *args: Argument) -> Any:
         return self._calls.script(name, self._prefix, *args)
+
+
+def open_ledger(url: str, run_id: str, section: StreamSection) -> Ledger:
+    """The ledger of a run at `url`, with the section's deadlines.
+
+    Raises:
+        StreamUnavailable: no usable Redis answers there.
+    """
+    client = connect(url, section.connect_timeout_s, socket_timeout_s=section.socket_timeout_s)
+    return Ledger(client, run_id, patience_s=section.patience_s)
 
 
 def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
