@@ -25,6 +25,7 @@ from learner.commit import drop_checkpoints_after
 from services.errors import UserError
 from services.stream.embedded import EmbeddedRedis
 from services.stream.ledger import open_ledger
+from services.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +56,16 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             place(list(parts_of(config).values()), nodes)
             check_reach(config, len(nodes))
             weights_dir = stack.enter_context(shared_weights(config, history.run_id))
+            telemetry = Telemetry(config.run.trackers, run.path, config.run.name, config.model_dump(mode="json"))
             run.cut_back(history.steps_done)
             drop_checkpoints_after(run.path, history.steps_done)
             save_resolved(config, run.config)
             run.event("start", run_id=history.run_id, incarnation=history.incarnation, step=history.steps_done)
             supervisor = Supervisor(ray, run, ledger, config.cluster.restarts, config.cluster.start_s)
             stack.callback(supervisor.stop)
-            training = Training(config, run, history, data, ledger, supervisor, stop, weights_dir, url, console)
+            training = Training(
+                config, run, history, data, ledger, supervisor, stop, weights_dir, url, telemetry, console
+            )
             if resume not in ("auto", "never"):
                 ledger.flush()  # an older commit was asked for: what came after it is generated again
             return training.run_to_the_end()

@@ -54,6 +54,8 @@ def evaluate_models(
         UserError: a model that is not there, or a split without prompts.
     """
     config = config if model is None else with_model(config, model)
+    section = config.evaluation.model_copy(update={"split": split})
+    config = config.model_copy(update={"evaluation": section})
     data = load_training_data(config)
     prompts = evaluation_prompts(config, data, split, config.evaluation.prompts)
     after = measure(config, _engine(config), prompts, label=config.policy.model, console=console)

@@ -80,6 +80,8 @@ class RunDir:
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **dict(sorted(metrics.items()))}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a commit that contains the step must not outlive its line
 
     def write_samples(self, step: int, groups: Sequence[Group], extra: Mapping[str, Mapping[str, Any]]) -> None:
         """One shard a step; `extra` adds the learner's figures to a sample, by its id. Dense maps go to files."""

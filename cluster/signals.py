@@ -16,13 +16,16 @@ class Stopped(Exception):  # noqa: N818 - reads as what it says where it is rais
 class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.heeded = False
+        """The run is stopping: `check` says no more."""
         self._at = 0.0
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+            self._at = time.monotonic()
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
-        self._at = time.monotonic()
 
     def install(self) -> None:
         """Takes the signals; again after a library that has taken them meanwhile (Ray does)."""
@@ -31,7 +34,7 @@ class StopRequest:
 
     def check(self) -> None:
         """Raises Stopped once a signal has come."""
-        if self.signal_name is not None:
+        if self.signal_name is not None and not self.heeded:
             raise Stopped(self.signal_name)
 
     def grace_left(self, grace_s: float) -> float:

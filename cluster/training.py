@@ -74,6 +74,7 @@ class Training:
         stop: StopRequest,
         weights_dir: Path,
         url: str,
+        telemetry: Telemetry,
         console: Console,
     ) -> None:
         self.config = config
@@ -85,6 +86,7 @@ class Training:
         self.stop = stop
         self.weights_dir = weights_dir
         self.url = url
+        self.telemetry = telemetry
         self.console = console
         self.parts = parts_of(config)
         self.feed = Feed(
@@ -95,16 +97,15 @@ class Training:
             groups_per_step=config.run.groups_per_step,
         )
         self.started = time.monotonic()
-        self.learner_busy = False
+        self.open_step: int | None = None
+        """The step that is begun and not yet recorded."""
         self.last_commit_s = 0.0
         self._busy_before = 0.0
 
     def run_to_the_end(self) -> Outcome:
-        tree = self.config.model_dump(mode="json")
-        self.telemetry = Telemetry(self.config.run.trackers, self.run.path, self.config.run.name, tree)
         with RunProgress(self.console, self.feed.total_steps, self.history.steps_done) as self.progress:
             try:
-                self._start(tree)
+                self._start(self.config.model_dump(mode="json"))
                 while self.history.steps_done < self.feed.total_steps and self._step(self.history.steps_done):
                     pass
                 self._finish()
@@ -201,7 +202,7 @@ class Training:
         if not groups:
             return False
         self.progress.phase("training")
-        self.learner_busy = True
+        self.open_step = step
         result = self.learners.call(
             "train_step",
             step,
@@ -211,11 +212,11 @@ class Training:
             what=f"step {step} to train",
             seconds=self.config.cluster.step_s,
         )
-        self.learner_busy = False
         trained_at = time.monotonic()
         self.history.steps[step] = groups
         publish_s = self._open_gate(step + 1)
         self._record(step, groups, result, began=began, batch_at=batch_at, trained_at=trained_at, publish_s=publish_s)
+        self.open_step = None
         if (step + 1) % self.config.checkpoint.every == 0:
             self._commit()
         return True
@@ -328,11 +329,11 @@ class Training:
         self.progress.phase("writing a checkpoint")
         steps = self.history.steps_done
         partial = begin_checkpoint(self.run.path, steps)
-        self.learner_busy = True
+        self.open_step = steps  # nothing else may be asked of the learner while it writes
         self.learners.call(
             "save_checkpoint", str(partial), what=f"checkpoint step_{steps}", seconds=self.config.checkpoint.timeout_s
         )
-        self.learner_busy = False
+        self.open_step = None
         self._note_failures()
         commit_checkpoint(partial, self.history.manifest())
         uncommitted = range(self.history.committed_steps, steps)
@@ -344,11 +345,14 @@ class Training:
 
     def _commit_in_grace(self) -> None:
         """After a signal: the unfinished step is left for the replay; finished ones are committed if there is time."""
-        ready = not self.learner_busy and self.history.steps_done > self.history.committed_steps
-        left = self.stop.grace_left(self.config.cluster.stop_s)
-        if not ready or left < 2 * self.last_commit_s:
+        if self.open_step is not None:
+            # The learner's weights hold a part of it, or its line is not written: only the last commit is whole.
+            self.history.steps.pop(self.open_step, None)
             return
-        self.stop.signal_name = None  # asked for already; the commit's own waits must not stop at it
+        left = self.stop.grace_left(self.config.cluster.stop_s)
+        if self.history.steps_done == self.history.committed_steps or left < 2 * self.last_commit_s:
+            return
+        self.stop.heeded = True  # the commit's own waits must not stop at it
         self._commit()
 
     def _finish(self) -> None:

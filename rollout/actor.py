@@ -103,12 +103,6 @@ class RolloutLoop:
     async def _generate(self, lease: Lease) -> Group:
         version = self._engine.version
         prepared = prepare(lease.prompt, self._preparation)
-        limit, prompt_tokens = self._engine.max_context, len(prepared.rendered.ids)
-        if limit is not None and prompt_tokens + self._section.max_tokens > limit:
-            raise UserError(
-                f"prompt {lease.prompt.prompt_id}: {prompt_tokens} tokens and rollout.max_tokens "
-                f"{self._section.max_tokens} exceed the model's context of {limit}"
-            )
         seed = group_seed(self._seed, lease.epoch, lease.prompt.prompt_id, version.step)
         request = request_of(prepared, sampling_of(self._section), seed, self._section.keep_maps)
         (completions,) = await self._engine.generate([request])

@@ -8,7 +8,7 @@ from rollout.config import RolloutSection
 from rollout.engine import Engine
 from rollout.prepare import Preparation
 from services.attention.config import CaptureSection
-from services.models import load_config, load_tokenizer, max_context_of
+from services.models import family_of, load_config, load_tokenizer, max_context_of
 from services.models_config import PolicySection
 from services.stream.config import StreamSection
 from services.stream.ledger import open_ledger
@@ -30,8 +30,11 @@ def build_renderer(policy: PolicySection, data: DataSection, max_tokens: int) ->
     Raises:
         UserError: the policy's tokenizer or configuration cannot be had, or nothing is left for the prompt.
     """
-    context = max_context_of(load_config(policy))
-    return Renderer(load_tokenizer(policy), data, None if context is None else context - max_tokens)
+    config = load_config(policy)
+    context = max_context_of(config)
+    if context is not None and family_of(config) == "decoder":
+        context -= max_tokens  # an encoder's positions are the prompt's alone
+    return Renderer(load_tokenizer(policy), data, context)
 
 
 class RolloutWorker:

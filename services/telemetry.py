@@ -132,6 +132,8 @@ class Telemetry:
                 self._sinks[tracker] = _SINKS[tracker](run_dir, name, config)
             except UserError:
                 raise
+            except ImportError as error:
+                raise UserError(f"run.trackers names {tracker!r}, which is not installed: {error}") from error
             except Exception as error:  # a tracker's server may be down: invariant 10
                 log.warning("tracker %s did not start and is left out of this run: %s", tracker, error)
 
