@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from services.stream.ledger import Ledger
 
 from reward_server.client import RewardClient
 from reward_server.config import RewardSection, WorkerSection
@@ -14,6 +13,7 @@ from reward_server.worker import ScoringWorker
 from services.records import Attention, Group, Lease, PolicyVersion, Prompt, Sample
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
+from services.stream.ledger import Ledger
 
 EOS = 2
 SECTION = WorkerSection(groups=3, block_ms=20, backoff_s=0.01, retries=0, data_budget=0)
