@@ -105,7 +105,10 @@ class RolloutLoop:
         prepared = prepare(lease.prompt, self._preparation)
         seed = group_seed(self._seed, lease.epoch, lease.prompt.prompt_id, version.step)
         request = request_of(prepared, sampling_of(self._section), seed, self._section.keep_maps)
-        (completions,) = await self._engine.generate([request])
+        try:
+            (completions,) = await self._engine.generate([request])
+        except UserError as error:  # the engine knows token ids, not prompts
+            raise UserError(f"prompt {lease.prompt.prompt_id}: {error}") from error
         return group_of(
             lease,
             prepared,
