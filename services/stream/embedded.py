@@ -228,6 +228,7 @@ class EmbeddedRedis:
             "loglevel notice",
             "databases 1",
             'save ""',
+            "hz 100",  # at 10, the default, a blocked read that times out is told so up to 100 ms late
             "appendonly yes",
             f"appendfsync {self._appendfsync}",
             "aof-load-truncated yes",
