@@ -62,9 +62,8 @@ def start_rollouts(
     idf: str | None,
     stream_url: str,
     run_id: str,
-    tick: Callable[[], None],
 ) -> None:
-    """Starts the rollout actors and waits until their engines stand: a model that cannot be loaded is met here."""
+    """Starts the rollout actors. They build their engines at once and are leased nothing until the gate is opened."""
     environment = {"OMP_NUM_THREADS": str(config.rollout.threads), "TOKENIZERS_PARALLELISM": "false"}
 
     def start(owner: str) -> Running:
@@ -85,10 +84,14 @@ def start_rollouts(
         return Running(owner, handle, handle.run.remote())
 
     supervisor.start_rollouts(part.count, start)
+
+
+def wait_for_rollouts(supervisor: Supervisor, seconds: float, tick: Callable[[], None]) -> None:
+    """Returns once every rollout actor has built its engine: a model that cannot be loaded is met here."""
     supervisor.wait(
         [rollout.handle.ready.remote() for rollout in supervisor.rollouts],
         [rollout.name for rollout in supervisor.rollouts],
         what="the rollout actors to build their engines",
-        seconds=config.cluster.start_s,
+        seconds=seconds,
         tick=tick,
     )

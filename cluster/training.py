@@ -23,7 +23,7 @@ from cluster.evaluator import Evaluation, Evaluator
 from cluster.feed import Feed
 from cluster.history import History
 from cluster.learners import LearnerGroup, start_learners
-from cluster.parts import start_rewards, start_rollouts
+from cluster.parts import start_rewards, start_rollouts, wait_for_rollouts
 from cluster.plan import parts_of
 from cluster.progress import RunProgress
 from cluster.run_dir import RunDir
@@ -131,7 +131,11 @@ class Training:
     def _start(self, tree: dict[str, Any]) -> None:
         self._reconcile()
         tick = self._tick
-        self.progress.phase("starting the learner")
+        self.progress.phase("starting")
+        # The rollout actors come up beside the learner: building an engine takes as long as loading the policy.
+        start_rollouts(
+            self.supervisor, self.parts["rollout"], self.config, self.data.idf_text, self.url, self.history.run_id
+        )
         checkpoint = self.history.checkpoint
         self.learners: LearnerGroup = start_learners(
             self.supervisor,
@@ -143,13 +147,9 @@ class Training:
             resume=None if checkpoint is None else str(checkpoint),
             tick=tick,
         )
-        self.progress.phase("starting the reward server")
         start_rewards(self.supervisor, self.parts, self.config, self.url, self.history.run_id, tick)
+        wait_for_rollouts(self.supervisor, self.config.cluster.start_s, tick)
         self._open_gate(self.history.steps_done)
-        self.progress.phase("starting the rollout actors")
-        start_rollouts(
-            self.supervisor, self.parts["rollout"], self.config, self.data.idf_text, self.url, self.history.run_id, tick
-        )
         self.evaluator = (
             Evaluator(self.supervisor, self.parts["evaluator"], self.config, self.data, tick)
             if self.config.evaluation.every

@@ -22,9 +22,9 @@ def recipe(tmp_path: Path, tiny_decoder: Path, questions_file: Path) -> Recipe:
             "data": {"source": str(questions_file)},
             "salience": {"content": "user"},
             "policy": {"model": str(tiny_decoder)},
-            "rollout": {"samples": 2, "max_tokens": 8, "actors": 2, "poll_s": 0.02},
+            "rollout": {"samples": 2, "max_tokens": 8, "actors": 1, "poll_s": 0.02},
             "reward": {"sources": {"attention": {"kind": "attention", "preset": "comparable"}}},
-            "learner": {"lr": 1e-3, "value_lr": 1e-3, "ranks": 2},
+            "learner": {"lr": 1e-3, "value_lr": 1e-3, "ranks": 1},
             "checkpoint": {"every": 2, "keep": 0},
             "cluster": {"start_s": 120, "batch_s": 60, "step_s": 60},
         }

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.cli import run_command
@@ -130,7 +131,7 @@ def test_a_cluster_that_is_too_small(attune: Attune, recipe: Recipe, tmp_path: P
     path = recipe(cluster={"rollout_cpus": 64, "start_s": 60})
     code, output = attune("train", str(path), "--run-dir", str(tmp_path / "run"), timeout=90)
     assert code == 3, output
-    assert "rollout 1 of 2" in output
+    assert "rollout 1 of 1" in output
     assert "64 CPU" in output
     assert "Traceback" not in output
 
@@ -181,28 +182,23 @@ def test_a_reward_server_that_does_not_score(attune: Attune, recipe: Recipe, tmp
     assert "Traceback" not in output
     assert time.monotonic() - began < 120
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    # A server that scores, and the run goes on from its beginning.
-    code, output = attune("train", str(recipe(run={"steps": 1})), "--run-dir", str(tmp_path / "run"))
-    assert code == 0, output
+    if behaviour == "500":  # a server that scores, and the run goes on from its beginning
+        code, output = attune("train", str(recipe(run={"steps": 1})), "--run-dir", str(tmp_path / "run"))
+        assert code == 0, output
 
 
-def test_a_dead_rollout_actor_is_replaced(
-    start: Callable[..., Any], recipe: Recipe, tmp_path: Path, ray_session: str
-) -> None:
-    import ray
-    from ray.util.state import list_actors
-
+def test_a_dead_rollout_actor_is_replaced(start: Callable[..., Any], recipe: Recipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert ray.is_initialized()
-    assert ray_session
     process = start("train", str(recipe()), "--run-dir", str(run))
     end = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
     while time.monotonic() < end and not metrics.exists():
         time.sleep(0.05)
-    actors: Any = list_actors(filters=[("class_name", "=", "RolloutWorker"), ("state", "=", "ALIVE")])
+    # The session's Ray is a child of this process, and so are its actors.
+    children = psutil.Process().children(recursive=True)
+    actors = [child for child in children if "RolloutWorker" in " ".join(child.cmdline())]
     assert actors
-    os.kill(int(actors[0].pid), signal.SIGKILL)
+    actors[0].send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     events = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
