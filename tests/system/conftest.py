@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.cli import run_command
+
 Recipe = Callable[..., Path]
 
 
@@ -55,17 +57,18 @@ def start(ray_session: str) -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def attune(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., tuple[int, str]]:
-    """Runs `attune ARGUMENTS` to its end; (exit code, what it printed)."""
+def attune(ray_session: str, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs `attune ARGUMENTS` to its end in this process; (exit code, what it printed).
 
-    def run(*arguments: str, timeout: float = 240) -> tuple[int, str]:
-        process = start(*arguments)
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-            pytest.fail(f"attune {' '.join(arguments)} did not end within {timeout:g} s:\n{output}")
-        return process.returncode, output
+    The same function as the command's, with the session's Ray connection: a process of its own would spend most of
+    its life importing. Its actors, Redis and HTTP server are processes either way.
+    """
+    del ray_session
+
+    def run(*arguments: str) -> tuple[int, str]:
+        capfd.readouterr()
+        code = run_command(list(arguments))
+        captured = capfd.readouterr()
+        return code, captured.out + captured.err
 
     return run

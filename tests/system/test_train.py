@@ -92,7 +92,7 @@ def config_prompts(run: Path, manifest: dict[str, Any]) -> int:
     return int(json.loads((run / "salience.json").read_text(encoding="utf-8"))["n"]) - len(manifest["failed"])
 
 
-def test_an_encoder_decoder_is_trained(
+def test_an_encoder_decoder_is_trained_on_two_sources(
     attune: Attune, recipe: Recipe, tmp_path: Path, tiny_encoder_decoder: Path
 ) -> None:
     run = tmp_path / "run"
@@ -101,12 +101,20 @@ def test_an_encoder_decoder_is_trained(
         salience={"content": "all"},
         run={"steps": 2},
         learner={"advantage": "gae", "kl": {"place": "reward", "coef": 0.1}},
+        reward={
+            "sources": {"attention": {"kind": "attention"}, "length": {"kind": "length", "target": 4, "weight": 0.5}}
+        },
     )
     code, output = attune("train", str(path), "--run-dir", str(run))
     assert code == 0, output
     metrics = rows(run / "metrics.jsonl")
     assert len(metrics) == 2
     assert max(row["policy/first_log_ratio_max"] for row in metrics) < 1e-5
+    scored = [row for row in rows(run / "samples" / "step_000000.jsonl") if row["reward"]["status"] == "ok"]
+    assert scored
+    for sample in scored:
+        attention, length = (sample["scores"][name]["value"] for name in ("attention", "length"))
+        assert sample["reward"]["value"] == pytest.approx(attention + 0.5 * length)
 
 
 def test_truncated_sampling_is_replayed(attune: Attune, recipe: Recipe, tmp_path: Path) -> None:
@@ -123,15 +131,3 @@ def test_truncated_sampling_is_replayed(attune: Attune, recipe: Recipe, tmp_path
     sample = rows(run / "samples" / "step_000000.jsonl")[0]
     assert len(sample["sampling_logprobs"]) == len(sample["logprobs"])
     assert all(len(kept) <= 20 for kept in sample["kept_ids"])
-
-
-def test_sources_are_combined(attune: Attune, recipe: Recipe, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    sources = {"attention": {"kind": "attention"}, "length": {"kind": "length", "target": 4, "weight": 0.5}}
-    code, output = attune("train", str(recipe(run={"steps": 1}, reward={"sources": sources})), "--run-dir", str(run))
-    assert code == 0, output
-    scored = [row for row in rows(run / "samples" / "step_000000.jsonl") if row["reward"]["status"] == "ok"]
-    assert scored
-    for sample in scored:
-        attention, length = (sample["scores"][name]["value"] for name in ("attention", "length"))
-        assert sample["reward"]["value"] == pytest.approx(attention + 0.5 * length)

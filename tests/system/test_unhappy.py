@@ -129,7 +129,7 @@ def test_a_run_directory_in_use(capfd: pytest.CaptureFixture[str], recipe: Recip
 
 def test_a_cluster_that_is_too_small(attune: Attune, recipe: Recipe, tmp_path: Path) -> None:
     path = recipe(cluster={"rollout_cpus": 64, "start_s": 60})
-    code, output = attune("train", str(path), "--run-dir", str(tmp_path / "run"), timeout=90)
+    code, output = attune("train", str(path), "--run-dir", str(tmp_path / "run"))
     assert code == 3, output
     assert "rollout 1 of 1" in output
     assert "64 CPU" in output
@@ -169,7 +169,7 @@ def server_that(behaviour: str) -> Iterator[str]:
         server.server_close()
 
 
-@pytest.mark.parametrize("behaviour", ["500", "garbage", "never"])
+@pytest.mark.parametrize("behaviour", ["500", pytest.param("garbage", marks=pytest.mark.slow), "never"])
 def test_a_reward_server_that_does_not_score(attune: Attune, recipe: Recipe, tmp_path: Path, behaviour: str) -> None:
     """The run ends with the server's name; no group was given a number, none was lost."""
     with server_that(behaviour) as url:
