@@ -34,6 +34,17 @@ class RolloutCounters:
     renewed: int = 0
 
 
+async def _some_done(working: set[asyncio.Task[None]], seconds: float | None) -> set[asyncio.Task[None]]:
+    """Waits for a task to end, at most `seconds` (None: until one does); what is left. Raises what a task raised."""
+    if not working:
+        await asyncio.sleep(seconds or 0.0)
+        return working
+    done, left = await asyncio.wait(working, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+    return left
+
+
 class RolloutLoop:
     """The loop of one actor over one engine. `seed` is the run's."""
 
@@ -55,25 +66,41 @@ class RolloutLoop:
         self._seed = seed
         self._loaded: PolicyVersion | None = None
         self._stopping = False
+        self._limit = section.group_limit
+        self._in_engine = 0
+        self._busy_since = 0.0
         self.counters = RolloutCounters()
 
     async def run(self) -> None:
-        """Works until `stop`; raises what ends the actor."""
-        while not self._stopping:
-            answer = await asyncio.to_thread(self._ledger.lease, self._owner, self._loaded, self._section.lease_s)
-            if isinstance(answer, Wait):
-                await asyncio.sleep(self._section.poll_s)
-            elif isinstance(answer, LoadWeights):
-                await self._load(answer)
-            else:
-                await self._work(answer)
+        """Works until `stop`; raises what ends the actor. Groups are generated side by side, as many as allowed."""
+        working: set[asyncio.Task[None]] = set()
+        try:
+            while not self._stopping:
+                if len(working) >= self._limit:
+                    working = await _some_done(working, None)
+                    continue
+                answer = await asyncio.to_thread(self._ledger.lease, self._owner, self._loaded, self._section.lease_s)
+                if isinstance(answer, Wait):
+                    working = await _some_done(working, self._section.poll_s)
+                elif isinstance(answer, LoadWeights):
+                    if not self._section.loads_in_flight:
+                        while working:
+                            working = await _some_done(working, None)
+                    await self._load(answer)
+                else:
+                    working.add(asyncio.create_task(self._work(answer)))
+            while working:
+                working = await _some_done(working, None)
+        finally:
+            for task in working:
+                task.cancel()
 
     def stop(self) -> None:
-        """Ends `run` after the group in hand."""
+        """Ends `run` after the groups in hand."""
         self._stopping = True
 
     async def _load(self, answer: LoadWeights) -> None:
-        started = time.monotonic()
+        self._enter_engine()
         try:
             self._loaded = await self._engine.load_weights(answer.path)
         except (FileNotFoundError, Corrupt):
@@ -81,11 +108,12 @@ class RolloutLoop:
             if gate is not None and gate.weights == answer.path:
                 raise
             # Removed while it was being read, because a newer version was published: the next lease names that one.
-        self.counters.busy_s += time.monotonic() - started
+        finally:
+            self._leave_engine()
 
     async def _work(self, lease: Lease) -> None:
         renewing = asyncio.create_task(self._renew(lease))
-        started = time.monotonic()
+        self._enter_engine()
         try:
             group = await self._generate(lease)
         except UserError as error:
@@ -94,7 +122,7 @@ class RolloutLoop:
             return
         finally:
             renewing.cancel()
-            self.counters.busy_s += time.monotonic() - started
+            self._leave_engine()
         await asyncio.to_thread(self._ledger.put_generated, group)
         self.counters.groups += 1
         self.counters.samples += len(group.samples)
@@ -118,6 +146,16 @@ class RolloutLoop:
             eos_ids=self._engine.eos_ids,
             version=version,
         )
+
+    def _enter_engine(self) -> None:
+        if self._in_engine == 0:
+            self._busy_since = time.monotonic()
+        self._in_engine += 1
+
+    def _leave_engine(self) -> None:
+        self._in_engine -= 1
+        if self._in_engine == 0:
+            self.counters.busy_s += time.monotonic() - self._busy_since
 
     async def _renew(self, lease: Lease) -> None:
         while True:

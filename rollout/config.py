@@ -7,11 +7,39 @@ from pydantic import Field, model_validator
 from services.config_base import Section
 
 
-class RolloutSection(Section):
-    engine: Literal["transformers"] = Field(
-        default="transformers",
-        description="What generates. `transformers` captures exactly for every supported family.",
+class VllmSection(Section):
+    """vLLM's own settings; those that both engines have stand in `rollout`."""
+
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share one engine's heads. 1: a small policy.")
+    kv_cache_mib: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory of the KV cache (MiB); null: on GPUs what vLLM finds "
+        "free; on a CPU room for `max_batch_rows` responses at full length, 4 GiB at most.",
     )
+    max_context: int | None = Field(
+        default=None, ge=2, description="Longest prompt plus response; null: the model's. Smaller saves memory."
+    )
+    max_batched_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens of a step, prefill included; longer prompts are chunked. null: vLLM's."
+    )
+    weight_sync: Literal["wait", "keep"] = Field(
+        default="wait",
+        description="New weights in mid-generation: `wait` finishes what is under way with the old ones; `keep` goes "
+        "on with the new ones, and each token records its version.",
+    )
+    call_s: float = Field(
+        default=120.0, gt=0, description="Longest wait (s) for a call to vLLM's workers (invariant 6)."
+    )
+
+
+class RolloutSection(Section):
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="What generates. `transformers` captures exactly for every supported family, and reproduces a run "
+        "bit for bit; `vllm` is faster, for decoder-only models.",
+    )
+    vllm: VllmSection = Field(default_factory=VllmSection, description="Settings of `engine: vllm`.")
     actors: int = Field(
         default=2,
         ge=1,
@@ -56,12 +84,30 @@ class RolloutSection(Section):
         ge=1,
         description="Rows decoded together in evaluation and offline rollouts; bounds memory, not results.",
     )
+    groups_in_flight: int | None = Field(
+        default=None,
+        ge=1,
+        description="Groups that an actor generates side by side. null: with `vllm` as many as `max_batch_rows` holds; "
+        "with `transformers` 1, for a group alone is reproduced bit for bit.",
+    )
     lease_s: float = Field(
         default=300.0,
         gt=0,
         description="A lease not renewed for this long (s) is given to another actor. Renewed every third of it.",
     )
     poll_s: float = Field(default=0.05, gt=0, description="Pause (s) before an idle actor asks for a lease again.")
+
+    @property
+    def group_limit(self) -> int:
+        """Groups that an actor generates side by side."""
+        if self.groups_in_flight is not None:
+            return self.groups_in_flight
+        return max(1, self.max_batch_rows // self.samples) if self.engine == "vllm" else 1
+
+    @property
+    def loads_in_flight(self) -> bool:
+        """Whether new weights are taken while groups are being generated."""
+        return self.engine == "vllm" and self.vllm.weight_sync == "keep"
 
     @model_validator(mode="after")
     def _one_distribution(self) -> Self:
@@ -70,6 +116,11 @@ class RolloutSection(Section):
             raise ValueError(
                 f"top_p {self.top_p} and top_k {self.top_k} truncate the sampling distribution: set truncation to "
                 "'replay', or top_p to 1 and top_k to 0"
+            )
+        if truncates and self.engine == "vllm":
+            raise ValueError(
+                f"top_p {self.top_p} and top_k {self.top_k} truncate, and engine 'vllm' does not say which tokens it "
+                "kept: set engine to 'transformers', or top_p to 1 and top_k to 0"
             )
         if self.keep_maps > self.samples:
             raise ValueError(f"keep_maps {self.keep_maps} is more than samples {self.samples}")

@@ -103,6 +103,16 @@ class Engine(Protocol):
         """Completions of each request, in order. A request's result does not depend on the others'."""
         ...
 
+    async def load_weights(self, manifest_path: str) -> PolicyVersion:
+        """Takes the published weights; every bucket's checksum is verified before the first tensor is replaced."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Oracle(Engine, Protocol):
+    """An engine that also says what a known response's rows are: the reference of every capture."""
+
     async def recompute(
         self,
         prompt_ids: Sequence[int],
@@ -112,9 +122,3 @@ class Engine(Protocol):
         temperature: float,
         dense: bool = False,
     ) -> Recomputed: ...
-
-    async def load_weights(self, manifest_path: str) -> PolicyVersion:
-        """Takes the published weights; every bucket's checksum is verified before the first tensor is replaced."""
-        ...
-
-    async def close(self) -> None: ...

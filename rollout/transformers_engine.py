@@ -13,7 +13,7 @@ from rollout.capture_probe import find_modules, verify_capture
 from rollout.engine import AttentionRows, Completion, Family, GenerationRequest, KeySets, Recomputed
 from rollout.generation import attention_rows, chunk_rows, draw_uniforms, generate_batch, key_masks
 from rollout.policy_runner import PaddingSide, Runner, pad_prompts
-from rollout.refusals import RequestRefused
+from rollout.refusals import RequestRefused, check_fits, check_keys
 from rollout.sampling import check_sampling
 from rollout.weight_loading import lay_out_for_decoding, take_weights
 from services.attention.capture import CAPTURE, attach, reduce_rows, register
@@ -83,8 +83,8 @@ class TransformersEngine:
         """
         for request in requests:
             check_sampling(request.sampling)
-            self._check_fits(request.prompt_ids, request.sampling.max_tokens)
-            _check_keys(request.keys, len(request.prompt_ids))
+            check_fits(self.family, self.max_context, request.prompt_ids, request.sampling.max_tokens)
+            check_keys(request.keys, len(request.prompt_ids))
         async with self._lock:
             return await asyncio.to_thread(self._generate, requests)
 
@@ -102,8 +102,8 @@ class TransformersEngine:
             raise RequestRefused("a response to recompute has at least one token")
         if temperature < 0:
             raise RequestRefused(f"temperature is 0 (greedy) or positive, got {temperature}")
-        self._check_fits(prompt_ids, len(response_ids))
-        _check_keys(keys, len(prompt_ids))
+        check_fits(self.family, self.max_context, prompt_ids, len(response_ids))
+        check_keys(keys, len(prompt_ids))
         async with self._lock:
             return await asyncio.to_thread(self._recompute, prompt_ids, response_ids, keys, temperature or 1.0, dense)
 
@@ -165,26 +165,3 @@ class TransformersEngine:
         if self._torn is not None:
             raise RuntimeError(f"the engine holds no policy: {self._torn}")
         torch.set_num_threads(self._threads)  # a thread of its own has a setting of its own
-
-    def _check_fits(self, prompt_ids: Sequence[int], tokens: int) -> None:
-        if not prompt_ids:
-            raise RequestRefused("a prompt has at least one token")
-        limit = self.max_context
-        if limit is None:
-            return
-        if self.family == "decoder" and len(prompt_ids) + tokens > limit:
-            raise RequestRefused(
-                f"a prompt of {len(prompt_ids)} tokens and a response of {tokens} exceed the model's context of {limit}"
-            )
-        if max(len(prompt_ids), tokens) > limit:
-            raise RequestRefused(
-                f"a prompt of {len(prompt_ids)} tokens or a response of {tokens} exceeds its side's {limit} positions"
-            )
-
-
-def _check_keys(keys: KeySets, length: int) -> None:
-    for name, positions in (("content", keys.content), ("salient", keys.salient)):
-        if any(not 0 <= position < length for position in positions):
-            raise RequestRefused(f"{name} positions are in 0 .. {length - 1}, got {min(positions)} .. {max(positions)}")
-    if len(keys.salient) != len(keys.salient_weights):
-        raise RequestRefused(f"{len(keys.salient)} salient positions have {len(keys.salient_weights)} weights")

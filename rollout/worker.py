@@ -1,11 +1,12 @@
 """What a rollout actor's process holds: an engine, a connection to the ledger, and the loop between them."""
 
+import asyncio
 from dataclasses import asdict
 from typing import Any
 
 from rollout.actor import RolloutLoop
 from rollout.config import RolloutSection
-from rollout.engine import Engine
+from rollout.engine import Engine, Oracle
 from rollout.prepare import Preparation
 from services.attention.config import CaptureSection
 from services.models import family_of, load_config, load_tokenizer, max_context_of
@@ -17,11 +18,22 @@ from services.text.render import Renderer
 from services.text.salience import Idf
 
 
-def build_engine(policy: PolicySection, capture: CaptureSection, rollout: RolloutSection) -> Engine:
-    """The engine that the recipe names, with the policy's starting weights."""
+def build_oracle(policy: PolicySection, capture: CaptureSection, rollout: RolloutSection) -> Oracle:
+    """The transformers engine, whatever the recipe's is: evaluation measures with it, and recomputes."""
     from rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(policy, capture, threads=rollout.threads, max_batch_rows=rollout.max_batch_rows)
+
+
+async def build_engine(policy: PolicySection, capture: CaptureSection, rollout: RolloutSection) -> Engine:
+    """The engine that the recipe names, with the policy's starting weights."""
+    if rollout.engine == "transformers":
+        return build_oracle(policy, capture, rollout)
+    from rollout.vllm_engine import VllmEngine
+
+    engine = VllmEngine(policy, capture, rollout)
+    await engine.start()
+    return engine
 
 
 def build_renderer(policy: PolicySection, data: DataSection, max_tokens: int) -> Renderer:
@@ -56,19 +68,30 @@ class RolloutWorker:
         stream: StreamSection,
     ) -> None:
         fitted = None if idf is None else Idf.from_json(idf)
-        self._engine = build_engine(policy, capture, rollout)
         ledger = open_ledger(stream_url, run_id, stream)
         preparation = Preparation(build_renderer(policy, data, rollout.max_tokens), salience, fitted)
-        self._loop = RolloutLoop(self._engine, ledger, preparation, rollout, owner=owner, seed=seed)
+        self._building: asyncio.Task[RolloutLoop] | None = None
+
+        async def build() -> RolloutLoop:
+            engine = await build_engine(policy, capture, rollout)
+            return RolloutLoop(engine, ledger, preparation, rollout, owner=owner, seed=seed)
+
+        self._build = build
 
     async def ready(self) -> None:
         """Returns once the engine is built."""
+        await self._built()
 
     async def run(self) -> None:
-        await self._loop.run()
+        await (await self._built()).run()
 
     async def stop(self) -> None:
-        self._loop.stop()
+        (await self._built()).stop()
 
     async def counters(self) -> dict[str, Any]:
-        return asdict(self._loop.counters)
+        return asdict((await self._built()).counters)
+
+    async def _built(self) -> RolloutLoop:
+        if self._building is None:
+            self._building = asyncio.create_task(self._build())
+        return await asyncio.shield(self._building)

@@ -101,9 +101,22 @@ def eos_ids_of(model: PreTrainedModel) -> tuple[int, ...]:
 
     Raises UserError where the model has none: its responses would never end.
     """
+    return _eos_ids(getattr(model, "generation_config", None), model.config)
+
+
+def eos_ids_of_policy(policy: PolicySection) -> tuple[int, ...]:
+    """`eos_ids_of` from the policy's configuration files alone, for engines that load the weights themselves."""
+    try:
+        loader: Any = GenerationConfig
+        generation: GenerationConfig | None = loader.from_pretrained(policy.model, revision=policy.revision or "main")
+    except OSError:  # a model without one: its own configuration says it
+        generation = None
+    return _eos_ids(generation, load_config(policy))
+
+
+def _eos_ids(generation: GenerationConfig | None, config: PreTrainedConfig) -> tuple[int, ...]:
     found: set[int] = set()
-    generation: GenerationConfig | None = getattr(model, "generation_config", None)
-    for value in (getattr(generation, "eos_token_id", None), getattr(model.config, "eos_token_id", None)):
+    for value in (getattr(generation, "eos_token_id", None), getattr(config, "eos_token_id", None)):
         if isinstance(value, int):
             found.add(value)
         elif value is not None:

@@ -1,0 +1,79 @@
+"""The adapter of vLLM's model runner V1 (the CPU build): where its steps and its captured layers are observed.
+
+Nothing in vLLM is replaced: the runner's `_update_states` and the `forward` of each captured layer's attention
+implementation are wrapped on their instances, and call through. Each function here returns what takes its wrapper off.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rollout.vllm_capture.capture import BatchEntry, Capture
+from rollout.vllm_capture.request import read_request
+
+
+def observe_steps(runner: Any, capture: Capture) -> Callable[[], None]:
+    """Tells the capture of every step before it runs, once the runner's batch is what will be computed."""
+    update_states = runner._update_states
+
+    def observed(scheduler_output: Any) -> Any:
+        capture.finish(list(scheduler_output.finished_req_ids))
+        if scheduler_output.kv_cache_block_copies:
+            capture.copy_blocks(scheduler_output.kv_cache_block_copies)
+        deferred = update_states(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens:
+            _begin(runner, capture, scheduler_output)
+        return deferred
+
+    runner._update_states = observed
+    return lambda: delattr(runner, "_update_states")
+
+
+def observe_layers(layers: Sequence[Any], capture: Capture) -> Callable[[], None]:
+    """Gives the capture the queries and keys of the captured `Attention` layers."""
+    undo = [_observe_layer(layer, capture) for layer in layers]
+
+    def take_off() -> None:
+        for each in undo:
+            each()
+
+    return take_off
+
+
+def _observe_layer(layer: Any, capture: Capture) -> Callable[[], None]:
+    impl, name = layer.impl, layer.layer_name
+    forward = impl.forward
+
+    def observed(
+        attention: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = forward(attention, query, key, value, kv_cache, metadata, *args, **kwargs)
+        if metadata is not None:  # None: a run to warm up
+            capture.attend_layer(name, query, key, metadata.slot_mapping[: metadata.num_actual_tokens])
+        return result
+
+    impl.forward = observed
+    return lambda: delattr(impl, "forward")
+
+
+def _begin(runner: Any, capture: Capture, scheduler_output: Any) -> None:
+    batch = runner.input_batch
+    count = batch.num_reqs
+    ids: list[str] = batch.req_ids
+    scheduled = np.array([scheduler_output.num_scheduled_tokens[id] for id in ids], dtype=np.int64)
+    prompts = batch.num_prompt_tokens[:count].astype(np.int64)
+
+    def entry(i: int) -> BatchEntry:
+        request = runner.requests[ids[i]]
+        parameters = request.sampling_params
+        wish = read_request(None if parameters is None else parameters.extra_args)
+        return BatchEntry(int(prompts[i]), wish, batch.block_table[0].block_table.np[i].astype(np.int64))
+
+    capture.begin(
+        entry,
+        ids,
+        batch.num_computed_tokens_cpu[:count].astype(np.int64),
+        scheduled,
+        batch.num_tokens_no_spec[:count].astype(np.int64) - prompts,
+    )

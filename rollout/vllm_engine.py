@@ -1,0 +1,286 @@
+"""The engine that generates with vLLM, and captures attention in the same pass (rollout/vllm_capture).
+
+vLLM runs in a process of its own behind `AsyncLLM`, or on a CPU in this one (rollout/vllm_in_process.py). Requests of
+all groups share its batch, and a new one starts as soon as a slot is free. Every sample is a request of its own
+(n = 1), so that each has its seed and its statistics.
+"""
+
+import asyncio
+import hashlib
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollout.config import RolloutSection
+from rollout.engine import AttentionRows, Completion, Family, GenerationRequest
+from rollout.refusals import RequestRefused, check_fits, check_keys
+from rollout.sampling import check_sampling, truncates
+from rollout.vllm_capture.request import extra_args
+from rollout.vllm_in_process import InProcessLLM
+from services.attention.config import CaptureSection
+from services.errors import Deadline, UserError
+from services.models import eos_ids_of_policy, family_of, load_config, max_context_of
+from services.models_config import PolicySection
+from services.records import FinishReason, PolicyVersion
+from services.weights import Corrupt
+
+EXTENSION = "rollout.vllm_capture.extension.CaptureExtension"
+
+BLOCK_SIZE_CPU = 32
+"""Tokens of a cache block: the CPU kernel's smallest, since prefixes are shared in whole blocks."""
+
+CPU_CACHE_BYTES = 4 * 2**30
+"""Most that a KV cache takes on a CPU unless the recipe says otherwise; vLLM's own rule is nearly all the memory."""
+
+
+class VllmEngine:
+    """Implements `rollout.engine.Engine` for decoder-only models that vLLM runs. `start` must be awaited first.
+
+    Raises UserError where vLLM is not installed, or the model's attention cannot be captured exactly.
+    """
+
+    def __init__(self, policy: PolicySection, capture: CaptureSection, rollout: RolloutSection) -> None:
+        config = load_config(policy)
+        if family_of(config) != "decoder":
+            raise UserError(
+                f"rollout.engine: 'vllm' captures decoder-only models, and {policy.model} is an encoder-decoder; set "
+                "rollout.engine to 'transformers'"
+            )
+        self.family: Family = "decoder"
+        self.max_context: int | None = max_context_of(config)
+        self.eos_ids: tuple[int, ...] = eos_ids_of_policy(policy)
+        self.layers: tuple[int, ...] = ()
+        self._policy = policy
+        self._capture = capture
+        self._section = rollout
+        self._version = PolicyVersion(0, 0)
+        self._torn: str | None = "the engine was not started"
+        self._numbers = itertools.count()
+        self._llm: Any = None
+
+    @property
+    def version(self) -> PolicyVersion:
+        return self._version
+
+    async def start(self) -> None:
+        """Starts vLLM with the policy's starting weights, and the capture in its workers."""
+        self._llm = await asyncio.to_thread(_start_llm, self._policy, self._section, self.max_context)
+        started = (await self._rpc("attune_capture_start", self._capture.model_dump(mode="json")))[0]
+        if "refused" in started:
+            await self.close()
+            raise UserError(f"policy.model {self._policy.model}: {started['refused']}")
+        self.layers = tuple(started["layers"])
+        self._torn = None
+        await self._llm.update_weight_version(_label(self._version))
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+        """Completions of each request, in order.
+
+        Raises RequestRefused for a request that cannot be: an empty prompt, positions outside it, sampling out of
+        bounds or truncated, or more tokens than the model has positions for.
+        """
+        self._ready()
+        for request in requests:
+            check_sampling(request.sampling)
+            if truncates(request.sampling):
+                raise RequestRefused(
+                    f"top_p {request.sampling.top_p} and top_k {request.sampling.top_k} truncate, and vLLM does not "
+                    "say which tokens it kept; the transformers engine does"
+                )
+            check_fits(self.family, self.max_context, request.prompt_ids, request.sampling.max_tokens)
+            check_keys(request.keys, len(request.prompt_ids))
+        return list(await asyncio.gather(*(self._group(request) for request in requests)))
+
+    async def load_weights(self, manifest_path: str) -> PolicyVersion:
+        """Takes the published weights; every bucket's checksum is verified before the first tensor is replaced.
+
+        Under `weight_sync: wait` what is being generated is finished with the old weights first; under `keep` it is
+        held, its cache is computed again under the new weights, and it goes on with them.
+        """
+        mode = self._section.vllm.weight_sync
+        await self._deadline(self._llm.pause_generation(mode=mode), "the pause before new weights")
+        answers = await self._rpc("attune_load_weights", manifest_path)
+        if any("refused" in answer for answer in answers):
+            answer = next(answer for answer in answers if "refused" in answer)
+            if answer["torn"]:
+                self._torn = f"loading {manifest_path} failed halfway"
+            else:
+                await self._llm.resume_generation()
+            raise _ERRORS[answer["kind"]](answer["refused"])
+        await self._llm.reset_prefix_cache(reset_running_requests=True)
+        self._version = PolicyVersion(*answers[0]["version"])
+        self._torn = None
+        await self._llm.update_weight_version(_label(self._version))
+        await self._llm.resume_generation()
+        return self._version
+
+    async def close(self) -> None:
+        """Ends vLLM's processes."""
+        self._torn = "the engine is closed"
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+
+    async def _group(self, request: GenerationRequest) -> list[Completion]:
+        keys = [f"{os.getpid()}-{next(self._numbers)}" for _ in range(request.sampling.samples)]
+        outputs = await asyncio.gather(*(self._sample(request, k, key) for k, key in enumerate(keys)))
+        lengths = [len(output.token_ids) for output in outputs]
+        fetched = (await self._rpc("attune_capture_pop", keys, lengths))[0]
+        return [
+            self._completion(output, statistics, len(request.prompt_ids))
+            for output, statistics in zip(outputs, fetched, strict=True)
+        ]
+
+    async def _sample(self, request: GenerationRequest, k: int, key: str) -> Any:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        parameters = SamplingParams(
+            n=1,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=_seed(request.seed, k),
+            logprobs=0,
+            ignore_eos=True,
+            stop_token_ids=list(self.eos_ids),
+            detokenize=False,
+            skip_clone=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=extra_args(
+                key,
+                request.keys.content,
+                request.keys.salient,
+                request.keys.salient_weights,
+                dense=k < request.keep_maps,
+            ),
+        )
+        last: Any = None
+        async for output in self._llm.generate(
+            TokensPrompt(prompt_token_ids=list(request.prompt_ids)), parameters, key
+        ):
+            last = output
+        if last is None or not last.finished or last.outputs[0].finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a request with {last and last.outputs[0].finish_reason!r}")
+        return last.outputs[0]
+
+    def _completion(self, output: Any, fetched: dict[str, Any], prompt: int) -> Completion:
+        ids = tuple(int(token) for token in output.token_ids)
+        statistics = np.frombuffer(fetched["statistics"], dtype=np.float32).reshape(-1, 4)
+        dense: NDArray[np.float32] | None = None
+        if fetched["dense"] is not None:
+            dense = np.frombuffer(fetched["dense"], dtype=np.float32).reshape(-1, prompt)
+        reason: FinishReason = "stop" if output.finish_reason == "stop" else "length"
+        return Completion(
+            response_ids=ids,
+            finish_reason=reason,
+            logprobs=np.array(
+                [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)], dtype=np.float32
+            ),
+            sampling_logprobs=None,
+            kept_ids=None,
+            attention=AttentionRows(*np.ascontiguousarray(statistics.T), dense=dense),
+            versions=tuple((*_unlabel(span.version), span.end - span.start) for span in output.weight_versions or ()),
+        )
+
+    async def _rpc(self, method: str, *arguments: Any) -> list[Any]:
+        return await self._deadline(self._llm.collective_rpc(method, args=arguments), method)
+
+    async def _deadline(self, call: Any, what: str) -> Any:
+        seconds = self._section.vllm.call_s
+        try:
+            return await asyncio.wait_for(call, seconds)
+        except TimeoutError as error:
+            raise Deadline(waited_for=what, who="vLLM", seconds=seconds) from error
+
+    def _ready(self) -> None:
+        if self._torn is not None:
+            raise RuntimeError(f"the engine holds no policy: {self._torn}")
+
+
+_ERRORS: dict[str, type[Exception]] = {
+    "Corrupt": Corrupt,
+    "FileNotFoundError": FileNotFoundError,
+    "ValueError": ValueError,
+}
+
+
+def _label(version: PolicyVersion) -> str:
+    return f"{version.incarnation}.{version.step}"
+
+
+def _unlabel(label: str) -> tuple[int, int]:
+    incarnation, step = label.split(".")
+    return int(incarnation), int(step)
+
+
+def _seed(seed: int, k: int) -> int:
+    """The seed of the k-th sample, 63 bits."""
+    digest = hashlib.blake2b(f"{seed}:{k}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _start_llm(policy: PolicySection, section: RolloutSection, max_context: int | None) -> Any:
+    own = section.vllm
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ["OMP_NUM_THREADS"] = str(section.threads)
+    try:
+        from vllm.platforms import current_platform
+
+        on_cpu = current_platform.is_cpu()
+        if on_cpu and own.tensor_parallel == 1:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.llm_engine import LLMEngine
+    except ImportError as error:
+        raise UserError(
+            "rollout.engine: 'vllm' is not installed: pip install 'attune[gpu]' (or 'attune[cpu]' without a GPU)"
+        ) from error
+    arguments: dict[str, Any] = {
+        "model": policy.model,
+        "revision": policy.revision,
+        "skip_tokenizer_init": True,
+        "dtype": policy.dtype,
+        "max_model_len": own.max_context or max_context,
+        "max_num_seqs": section.max_batch_rows,
+        "tensor_parallel_size": own.tensor_parallel,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "enforce_eager": on_cpu,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": EXTENSION,
+        "disable_log_stats": True,
+        "trust_remote_code": False,
+    }
+    if own.max_batched_tokens is not None:
+        arguments["max_num_batched_tokens"] = own.max_batched_tokens
+    if own.kv_cache_mib is not None:
+        arguments["kv_cache_memory_bytes"] = own.kv_cache_mib * 2**20
+    if on_cpu:
+        arguments["block_size"] = BLOCK_SIZE_CPU
+        if own.kv_cache_mib is None:
+            arguments["kv_cache_memory_bytes"] = _room_for(load_config(policy), policy.dtype, arguments)
+    try:
+        if on_cpu and own.tensor_parallel == 1:
+            return InProcessLLM(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"vLLM does not start with policy.model {policy.model}: {error}") from error
+
+
+def _room_for(config: Any, dtype: str, arguments: dict[str, Any]) -> int:
+    """Bytes of a KV cache that holds every sequence at its longest, within CPU_CACHE_BYTES."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = 2 * text.num_hidden_layers * heads * width * (4 if dtype == "float32" else 2)
+    longest = arguments["max_model_len"] or 2048
+    blocks = -(-longest // BLOCK_SIZE_CPU) + 1
+    return min(CPU_CACHE_BYTES, arguments["max_num_seqs"] * blocks * BLOCK_SIZE_CPU * token)
