@@ -80,7 +80,10 @@ def quickstart(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="RL steps; by default the recipe's.")] = None,
-    engine: Annotated[Literal["transformers"], typer.Option(help="What generates.")] = "transformers",
+    engine: Annotated[
+        Literal["transformers", "vllm"] | None,
+        typer.Option(help="What generates; by default vllm for a decoder, transformers for an encoder-decoder."),
+    ] = None,
     family: Annotated[
         Literal["decoder", "encoder-decoder"], typer.Option(help="Architecture of the policy: Llama or T5.")
     ] = "decoder",
@@ -89,7 +92,8 @@ def quickstart(
     from cluster.quickstart import quickstart as run_quickstart
 
     directory = run_dir or Path("runs/quickstart" if family == "decoder" else f"runs/quickstart-{family}")
-    code = run_quickstart(directory, steps=steps, engine=engine, family=family, console=_console())
+    chosen = engine or ("vllm" if family == "decoder" else "transformers")
+    code = run_quickstart(directory, steps=steps, engine=chosen, family=family, console=_console())
     raise typer.Exit(code)
 
 
@@ -140,6 +144,48 @@ def evaluate(
     figures = evaluate_models(config, model=model, baseline=baseline, split=split, console=_console())
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+
+
+@app.command()
+def rollout(
+    model: Annotated[str, typer.Option(help="Model directory or hub name.")],
+    prompts: Annotated[Path, typer.Option(help="Prompts: JSONL or Parquet, as a recipe's data.source.")],
+    out: Annotated[
+        Path, typer.Option(help="Samples, a JSON object a line; what stands there already is gone on with.")
+    ],
+    engine: Annotated[Literal["vllm", "transformers"], typer.Option(help="What generates.")] = "vllm",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of a prompt.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Softmax temperature.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    capture_layers: Annotated[int, typer.Option(min=1, help="Last decoder layers that are captured.")] = 1,
+    content: Annotated[
+        Literal["all", "user", "all_user"],
+        typer.Option(help="Positions of the prompt that count, as salience.content."),
+    ] = "all",
+    keep_maps: Annotated[
+        bool, typer.Option("--keep-maps", help="Keep the dense attention rows, in OUT.maps/.")
+    ] = False,
+) -> None:
+    """Samples with attention statistics, offline: no learner, no reward, no Ray."""
+    from cluster.offline import OfflineRollout, roll_out
+
+    asked = OfflineRollout(
+        model=model,
+        prompts=prompts,
+        out=out,
+        engine=engine,
+        samples=samples,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        capture_layers=capture_layers,
+        content=content,
+        keep_maps=keep_maps,
+    )
+    console = _console()
+    written = roll_out(asked, console=console)
+    console.print(f"Done: {written} samples in {out}", highlight=False)
 
 
 @app.command(name="reward-server")

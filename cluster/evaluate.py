@@ -27,7 +27,7 @@ from cluster.evaluation_result import (
     summarise,
     without_eos,
 )
-from rollout.engine import AttentionRows, Completion, Engine, GenerationRequest, KeySets, Sampling
+from rollout.engine import AttentionRows, Completion, GenerationRequest, KeySets, Oracle, Sampling
 from services.attention.failures import AttentionFailure
 from services.attention.options import AttentionOptions
 from services.attention.reward import AttentionReward, score_statistics
@@ -53,7 +53,7 @@ class EvaluationPrompt:
 
 
 async def evaluate(
-    engine: Engine,
+    engine: Oracle,
     prompts: Sequence[EvaluationPrompt],
     settings: EvaluationSection,
     options: AttentionOptions,
@@ -111,7 +111,7 @@ async def evaluate(
 
 
 async def rescore(
-    engine: Engine, result: EvaluationResult, *, label: str = "starting policy's attention"
+    engine: Oracle, result: EvaluationResult, *, label: str = "starting policy's attention"
 ) -> EvaluationResult:
     """The same responses under the attention of `engine`'s policy, in one teacher-forced pass each.
 
@@ -152,7 +152,7 @@ def sampling_of(decoding: Decoding, settings: EvaluationSection, max_tokens: int
     return Sampling(samples=settings.samples, max_tokens=max_tokens, temperature=settings.temperature, top_p=top_p)
 
 
-def _misfit(engine: Engine, prompt: EvaluationPrompt, max_tokens: int) -> str | None:
+def _misfit(engine: Oracle, prompt: EvaluationPrompt, max_tokens: int) -> str | None:
     if engine.max_context is None or len(prompt.prompt_ids) + max_tokens <= engine.max_context:
         return None
     return (
@@ -166,7 +166,7 @@ def _request(prompt: EvaluationPrompt, sampling: Sampling, seed: int, decoding: 
     return GenerationRequest(prompt.prompt_ids, prompt.keys, sampling, seed=int.from_bytes(digest, "little") >> 1)
 
 
-async def _evaluated_prompt(engine: Engine, prompt: EvaluationPrompt, refused: str | None) -> EvaluatedPrompt:
+async def _evaluated_prompt(engine: Oracle, prompt: EvaluationPrompt, refused: str | None) -> EvaluatedPrompt:
     record = EvaluatedPrompt(
         prompt_id=prompt.prompt_id,
         prompt=prompt.text,
@@ -181,7 +181,7 @@ async def _evaluated_prompt(engine: Engine, prompt: EvaluationPrompt, refused: s
     return record.model_copy(update={"reference_logprob": await _reference_logprob(engine, record)})
 
 
-async def _reference_logprob(engine: Engine, prompt: EvaluatedPrompt) -> float | None:
+async def _reference_logprob(engine: Oracle, prompt: EvaluatedPrompt) -> float | None:
     if not prompt.reference_ids or prompt.refused is not None:
         return None
     if engine.max_context is not None and len(prompt.prompt_ids) + len(prompt.reference_ids) > engine.max_context:
@@ -234,7 +234,7 @@ def _evaluated_response(
 
 
 async def _rescored(
-    engine: Engine,
+    engine: Oracle,
     prompt: EvaluatedPrompt,
     response: EvaluatedResponse,
     settings: EvaluationSection,

@@ -13,14 +13,14 @@ from cluster.evaluation_prompts import attention_options, evaluation_prompts
 from cluster.evaluation_result import EvaluationResult, compare
 from cluster.evaluation_table import comparison_table, summary_table
 from cluster.training_data import load_training_data
-from rollout.engine import Engine
-from rollout.worker import build_engine
+from rollout.engine import Oracle
+from rollout.worker import build_oracle
 from services.models import load_tokenizer
 from services.text.sources import SplitName
 
 
 def measure(
-    config: Config, engine: Engine, prompts: list[EvaluationPrompt], *, label: str, console: Console
+    config: Config, engine: Oracle, prompts: list[EvaluationPrompt], *, label: str, console: Console
 ) -> EvaluationResult:
     """Evaluates an engine's policy by the recipe's evaluation section, with a progress bar."""
     tokenizer: Any = load_tokenizer(config.policy)
@@ -84,5 +84,5 @@ def comparison(before: EvaluationResult, after: EvaluationResult, rescored: Eval
     }
 
 
-def _engine(config: Config) -> Engine:
-    return build_engine(config.policy, config.attention, config.rollout)
+def _engine(config: Config) -> Oracle:
+    return build_oracle(config.policy, config.attention, config.rollout)

@@ -13,7 +13,7 @@ from cluster.plan import Part
 from cluster.supervise import Running, Supervisor
 from cluster.training_data import TrainingData
 from rollout.config import RolloutSection
-from rollout.worker import build_engine
+from rollout.worker import build_oracle
 from services.attention.config import CaptureSection
 from services.attention.options import AttentionOptions
 from services.models import load_tokenizer
@@ -45,7 +45,7 @@ class EvaluationWorker:
         options: AttentionOptions,
         prompts: list[EvaluationPrompt],
     ) -> None:
-        self._engine = build_engine(policy, capture, rollout)
+        self._engine = build_oracle(policy, capture, rollout)
         self._tokenizer: Any = load_tokenizer(policy)
         self._section = section
         self._options = options

@@ -28,7 +28,7 @@ from cluster.recipe import apply_overrides, read_yaml, resolve
 from cluster.run_dir import write_atomically
 from cluster.small_model import build_small_policy
 from cluster.training_data import load_training_data
-from rollout.worker import build_engine
+from rollout.worker import build_oracle
 from services.errors import UserError
 from services.text.corpora.pairs import write_jsonl
 from services.text.corpora.qa import generate_qa
@@ -141,7 +141,7 @@ def _evaluated(
         return load_result(file)
     console.print(f"[bold]Evaluating[/bold] {label} ...", highlight=False)
     own = with_model(config, model)
-    result = measure(own, build_engine(own.policy, own.attention, own.rollout), prompts, label=label, console=console)
+    result = measure(own, build_oracle(own.policy, own.attention, own.rollout), prompts, label=label, console=console)
     result.save(file)
     return result
 
@@ -155,6 +155,6 @@ def _rescored(file: Path, config: Config, start: Path, after: EvaluationResult, 
     if _stands(file, after_file):
         return load_result(file)
     own = with_model(config, start)
-    result = asyncio.run(rescore(build_engine(own.policy, own.attention, own.rollout), after))
+    result = asyncio.run(rescore(build_oracle(own.policy, own.attention, own.rollout), after))
     result.save(file)
     return result

@@ -90,25 +90,10 @@ class RunDir:
         with shard.open("w", encoding="utf-8") as file:
             for group in groups:
                 for sample in group.samples:
-                    row = self._map_to_file(step, sample).model_dump(mode="json")
+                    row = map_to_file(sample, self.maps / f"step_{step:06d}", self.path).model_dump(mode="json")
                     file.write(
                         json.dumps({"step": step, **row, **extra.get(sample.sample_id, {})}, ensure_ascii=False) + "\n"
                     )
-
-    def _map_to_file(self, step: int, sample: Sample) -> Sample:
-        if sample.attention is None or sample.attention.map is None:
-            return sample
-        import numpy as np
-        from safetensors.numpy import save_file
-
-        directory = self.maps / f"step_{step:06d}"
-        directory.mkdir(parents=True, exist_ok=True)
-        name = sample.sample_id.replace(":", "_").replace("/", "_") + ".safetensors"
-        save_file({"map": np.asarray(sample.attention.map, dtype=np.float32)}, directory / name)
-        reference = str((directory / name).relative_to(self.path))
-        return sample.model_copy(
-            update={"attention": sample.attention.model_copy(update={"map": None, "map_ref": reference})}
-        )
 
     def cut_back(self, steps: int) -> None:
         """Removes what belongs to step `steps` and later: they are not in the commit that the run goes on from."""
@@ -118,6 +103,22 @@ class RunDir:
         for entry in [*self.samples.glob("step_*.jsonl"), *self.maps.glob("step_*")]:
             if int(entry.name.removeprefix("step_").removesuffix(".jsonl")) >= steps:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def map_to_file(sample: Sample, directory: Path, relative_to: Path) -> Sample:
+    """A sample's dense rows, where it holds them, go to a file in `directory`; the sample names it."""
+    if sample.attention is None or sample.attention.map is None:
+        return sample
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    name = sample.sample_id.replace(":", "_").replace("/", "_") + ".safetensors"
+    save_file({"map": np.asarray(sample.attention.map, dtype=np.float32)}, directory / name)
+    reference = str((directory / name).relative_to(relative_to))
+    return sample.model_copy(
+        update={"attention": sample.attention.model_copy(update={"map": None, "map_ref": reference})}
+    )
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,195 @@
+"""vLLM with capture against vLLM without, and against transformers with `output_attentions`, in one process.
+
+One model of over 50M parameters (float32, grouped-query attention), random weights and prompts, 32 requests at once.
+A round times generation without capture, with the last layer and with the last three, in turn; the figures are medians
+of the rounds' ratios. Every response has the same length, and prefixes are not shared.
+
+`limit` is what reading the captured layers' keys once more would cost if bytes were all: bytes of a decode step without
+capture (weights, keys and values of all layers at the mean context) over the same with it.
+"""
+
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.common import Options, finish, parse_options
+
+NAME = "capture"
+PROMPT, RESPONSE, REQUESTS = 256, 128, 32
+LAYERS, WIDTH, HEADS, KEY_HEADS, FEED_FORWARD, VOCABULARY = 12, 576, 9, 3, 1536, 16000
+VARIANTS = (0, 1, 3)
+
+
+@dataclass(frozen=True)
+class Shape:
+    requests: int
+    prompt: int
+    response: int
+
+
+def main() -> None:
+    options = parse_options(NAME, "Throughput with and without attention capture.")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    threads = os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    with TemporaryDirectory() as directory:
+        parameters = build_model(Path(directory))
+        finish(NAME, options, measure(directory, parameters, options))
+
+
+def build_model(directory: Path) -> int:
+    """Writes the model; returns its number of parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=FEED_FORWARD,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KEY_HEADS,
+            max_position_embeddings=2048,
+        )
+    )
+    model.save_pretrained(directory)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def measure(directory: str, parameters: int, options: Options) -> dict[str, Any]:
+    llm = start(directory)
+    shape = Shape(REQUESTS, PROMPT, RESPONSE)
+    rounds = 2 if options.quick else 5
+    generate(llm, Shape(REQUESTS, 32, 8), 0, seed=10_000)  # warm up
+    seconds: dict[int, list[float]] = {variant: [] for variant in VARIANTS}
+    peak: dict[str, float] = {}
+    for number in range(rounds):
+        for variant in VARIANTS:
+            seconds[variant].append(generate(llm, shape, variant, seed=number))
+            peak.setdefault(f"peak_gib_captured_{variant}", peak_gib())
+    tokens = shape.requests * shape.response
+    result: dict[str, Any] = {"parameters": parameters, "shape": vars(shape), "rounds": rounds}
+    for variant in VARIANTS:
+        result[f"tokens_per_s_captured_{variant}"] = tokens / median(seconds[variant])
+        if variant:
+            ratios = [off / on for off, on in zip(seconds[0], seconds[variant], strict=True)]
+            result[f"ratio_last_{variant}"] = median(ratios)
+            result[f"limit_last_{variant}"] = byte_limit(parameters, shape, variant)
+    result.update(peak)
+    grid = [Shape(8, 64, 32), Shape(32, 64, 32), Shape(8, 1024, 32), Shape(32, 1024, 32)]
+    result["grid"] = [
+        {**vars(each), "ratio_last_1": generate(llm, each, 0, seed=77) / generate(llm, each, 1, seed=77)}
+        for each in (grid[:2] if options.quick else grid)
+    ]
+    few = Shape(shape.requests, shape.prompt, 8 if options.quick else 32)
+    eager_s = eager(directory, few)
+    result["tokens_per_s_output_attentions"] = few.requests * few.response / eager_s
+    result["peak_gib_output_attentions"] = peak_gib()
+    result["ratio_to_output_attentions"] = result["tokens_per_s_captured_1"] / result["tokens_per_s_output_attentions"]
+    return result
+
+
+def byte_limit(parameters: int, shape: Shape, captured: int) -> float:
+    """Share of throughput left if a decode step cost its bytes alone: the captured layers' keys are read once more."""
+    context = shape.prompt + shape.response / 2
+    keys = 4 * shape.requests * context * KEY_HEADS * (WIDTH // HEADS)
+    step = 4 * parameters + 2 * LAYERS * keys
+    return step / (step + captured * keys)
+
+
+def start(directory: str) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        directory,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_num_seqs=REQUESTS,
+        max_model_len=2048,
+        block_size=32,
+        kv_cache_memory_bytes=2**30,
+        enable_prefix_caching=False,
+        worker_extension_cls="rollout.vllm_capture.extension.CaptureExtension",
+    )
+
+
+def prompts(shape: Shape, seed: int) -> list[list[int]]:
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(3, VOCABULARY, (shape.requests, shape.prompt)).tolist()
+
+
+def generate(llm: Any, shape: Shape, captured: int, *, seed: int) -> float:
+    """Seconds of one call that generates every request's response, and fetches what was captured."""
+    from vllm import SamplingParams
+
+    from rollout.vllm_capture.request import extra_args
+
+    ids = prompts(shape, seed)
+    parameters = [
+        SamplingParams(
+            temperature=1.0,
+            seed=i,
+            max_tokens=shape.response,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0,
+            extra_args=extra_args(str(i), range(shape.prompt), range(3), [1.0] * 3) if captured else None,
+        )
+        for i in range(shape.requests)
+    ]
+    if captured:
+        started = llm.collective_rpc("attune_capture_start", args=({"last_layers": captured},))[0]
+        if "refused" in started:
+            raise RuntimeError(started["refused"])
+    began = time.perf_counter()
+    llm.generate([{"prompt_token_ids": each} for each in ids], parameters, use_tqdm=False)
+    if captured:
+        keys = [str(i) for i in range(shape.requests)]
+        llm.collective_rpc("attune_capture_pop", args=(keys, [shape.response] * shape.requests))
+    seconds = time.perf_counter() - began
+    if captured:
+        llm.collective_rpc("attune_capture_stop")
+    return seconds
+
+
+def eager(directory: str, shape: Shape) -> float:
+    """Seconds of transformers' `generate` that returns every attention map."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    model = loader.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
+    ids = torch.tensor(prompts(shape, 0))
+    began = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=shape.response,
+            min_new_tokens=shape.response,
+            do_sample=True,
+            output_attentions=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+    return time.perf_counter() - began
+
+
+def peak_gib() -> float:
+    """Largest resident memory of this process so far (GiB); it only grows."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    main()
