@@ -139,7 +139,6 @@ def generate(llm: Any, shape: Shape, captured: int, *, seed: int) -> float:
     parameters = [
         SamplingParams(
             temperature=1.0,
-            seed=i,
             max_tokens=shape.response,
             ignore_eos=True,
             detokenize=False,

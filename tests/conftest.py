@@ -56,6 +56,7 @@ def _tiny_policy(directory: Path, family: Any) -> Path:
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
+                head_dim=32,  # the narrowest that vLLM's CPU kernel knows
                 max_position_embeddings=96,
                 bos_token_id=tokenizer.bos_token_id,
                 tie_word_embeddings=True,

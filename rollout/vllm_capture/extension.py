@@ -16,6 +16,7 @@ from rollout.vllm_capture.capture import Capture
 from rollout.vllm_capture.refusals import refuse_configuration, refuse_layer, refuse_version
 from rollout.vllm_capture.runner_v1 import observe_layers, observe_steps
 from rollout.vllm_capture.seeded_cpu import keep_discarded_generators
+from rollout.vllm_weights import reload_weights
 from services.attention.config import CaptureSection, resolve_capture
 from services.errors import UserError
 from services.weights import Corrupt, read_manifest, read_published
@@ -76,7 +77,7 @@ class CaptureExtension:
         except (Corrupt, FileNotFoundError) as error:
             return {"refused": str(error), "kind": type(error).__name__, "torn": False}
         try:
-            self.model_runner.reload_weights(weights_iterator=iter(tensors))
+            reload_weights(self.model_runner, tensors)
         except (ValueError, KeyError) as error:
             return {"refused": f"{manifest_path}: {error}", "kind": "ValueError", "torn": True}
         return {"version": [manifest.version.incarnation, manifest.version.step]}

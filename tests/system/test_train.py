@@ -131,3 +131,29 @@ def test_truncated_sampling_is_replayed(attune: Attune, recipe: Recipe, tmp_path
     sample = rows(run / "samples" / "step_000000.jsonl")[0]
     assert len(sample["sampling_logprobs"]) == len(sample["logprobs"])
     assert all(len(kept) <= 20 for kept in sample["kept_ids"])
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_vllm_generates(attune: Attune, recipe: Recipe, tmp_path: Path, staleness: int) -> None:
+    """The same service with the other engine: every group once, fresh enough, captured, one distribution."""
+    run = tmp_path / "run"
+    path = recipe(
+        run={"steps": 4, "max_staleness": staleness},
+        rollout={"engine": "vllm", "samples": 4, "temperature": 0.8},
+        learner={"advantage": "grpo", "kl": {"place": "loss", "coef": 0.05}},
+    )
+    code, output = attune("train", str(path), "--run-dir", str(run))
+    assert code == 0, output
+    metrics = rows(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    assert max(row["staleness/max"] for row in metrics) <= staleness
+    if staleness == 0:
+        assert max(row["policy/first_log_ratio_max"] for row in metrics) < 1e-4
+    groups = [group for step in committed(run)["steps"].values() for group in step]
+    assert len(groups) == len(set(groups)) == 16
+    samples = [row for shard in sorted((run / "samples").glob("step_*.jsonl")) for row in rows(shard)]
+    assert len(samples) == 4 * 16
+    for sample in samples:
+        assert len(sample["attention"]["mass"]) == len(sample["response_ids"]) == len(sample["logprobs"])
+        assert sum(span[2] for span in sample["policy_versions"]) == len(sample["response_ids"])
+    assert len({tuple(span[:2]) for sample in samples for span in sample["policy_versions"]}) >= 3
