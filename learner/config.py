@@ -10,6 +10,30 @@ from pydantic import Field, model_validator
 from services.config_base import Section
 
 
+class DriftSection(Section):
+    """The watch over two programs that must agree: what the rollouts recorded, and what the learner computes."""
+
+    share: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="Share of a step's responses that the learner recomputes before it trains: log-probabilities and "
+        "attention statistics, metrics `drift/*`. Only responses of the weights it holds can be compared. 0.02 costs "
+        "less than a hundredth of a step, one response at least; 0 is off.",
+    )
+    logprob_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest difference of a log-probability (nats) before the run stops. null: it is watched alone; "
+        "what is normal depends on dtype and kernels (1e-5 in float32 on a CPU, 1e-1 in bfloat16).",
+    )
+    attention_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="The same for M, C and X of the attention statistics (1e-5 in float32).",
+    )
+
+
 class KLSection(Section):
     """The penalty for leaving the frozen reference policy."""
 
@@ -125,6 +149,10 @@ class LearnerSection(Section):
     kl: KLSection = Field(
         default_factory=lambda: KLSection.model_validate({}),
         description="KL to the frozen reference. Default: none, as in the paper.",
+    )
+    drift: DriftSection = Field(
+        default_factory=lambda: DriftSection.model_validate({}),
+        description="What the rollouts recorded against what the learner computes.",
     )
     value_function: Literal["shared", "separate"] = Field(
         default="shared",

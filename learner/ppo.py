@@ -18,6 +18,7 @@ from torch import Tensor
 from learner.advantages import Advantages, Estimator, Experience, FinishLength, estimate
 from learner.batch import Batch, batch_of
 from learner.config import LearnerSection
+from learner.drift import check, choose, differences
 from learner.engine import Engine, NonFinite, Reference, add_over_ranks
 from learner.kl import KLController, kl_loss, kl_penalty, kl_per_sequence
 from learner.losses import (
@@ -40,6 +41,7 @@ from learner.metrics import (
 from learner.microbatch import MicroBatch, collate, pad_rows, plan_epoch
 from learner.policy import ModelInput
 from learner.standardise import RunningStandardiser
+from services.attention.capture import Recorder
 from services.records import Group
 
 
@@ -98,17 +100,25 @@ class _Targets:
 
 
 def train_step(
-    engine: Engine, reference: Reference, groups: Sequence[Group], step: int, rules: Rules, state: TrainerState
+    engine: Engine,
+    reference: Reference,
+    groups: Sequence[Group],
+    step: int,
+    rules: Rules,
+    state: TrainerState,
+    recorder: Recorder | None = None,
 ) -> StepResult:
     """One step on these groups, which are in lease order. Collective.
 
     Raises:
         NonFinite: a loss or gradient of this step is not finite; the message names the step.
+        DriftExceeded: rollouts and learner disagree by more than the recipe allows.
         ValueError: the groups hold nothing that can be trained on.
     """
     section = engine.section
     torch.manual_seed(seed_of(rules.seed, step))
     batch = batch_of(groups, replay=rules.replay)
+    drift = {} if recorder is None else _drift(engine, recorder, batch, step, rules)
     ref_logprobs, values, next_values = _before(engine, reference, batch, rules)
     state = replace(state, standardiser=_taken(section, state.standardiser, batch.rewards))
     coef = 0.0 if section.kl.place == "none" else state.controller.coef
@@ -131,6 +141,7 @@ def train_step(
         **reward_metrics(batch),
         **length_metrics(batch),
         **version_metrics(batch, step),
+        **drift,
         **kl_metrics(batch, ref_logprobs, coef),
         **advantage_metrics(batch, advantages, values),
         "policy/lr": engine.learning_rate("policy"),
@@ -143,6 +154,22 @@ def train_step(
         samples=sample_figures(batch, advantages, ref_logprobs, values),
         state=replace(state, controller=state.controller.update(kl, len(batch.samples))),
     )
+
+
+def _drift(engine: Engine, recorder: Recorder, batch: Batch, step: int, rules: Rules) -> dict[str, float]:
+    section = engine.section.drift
+    order = [seed_of(rules.seed, step, sample.sample_id) for sample in batch.samples]
+    found = differences(
+        engine,
+        recorder,
+        batch,
+        choose(batch, section.share, step, order),
+        temperature=rules.temperature,
+        pad_id=rules.pad_id,
+        decoder_start_id=rules.decoder_start_id,
+    )
+    check(found, section, step)
+    return found.metrics()
 
 
 def estimator_of(section: LearnerSection) -> Estimator:

@@ -8,13 +8,15 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.checkpoint_config import CheckpointSection
 from learner.config import LearnerSection
+from learner.drift import watch_attention
 from learner.engine import Engine, Reference
 from learner.policy import PolicyWithValue, verify_head
 from learner.ppo import Rules, TrainerState, train_step
@@ -22,6 +24,8 @@ from learner.publish import export, publish
 from learner.sft import EpochReport, Pair, fine_tune, updates_of
 from learner.sft_config import SftSection
 from learner.zero import device_of, join_ranks
+from services.attention.capture import CAPTURE, Recorder, register
+from services.attention.config import CaptureSection
 from services.models import DTYPES, decoder_start_of, load_policy_model, load_tokenizer
 from services.models_config import PolicySection
 from services.records import Group, PolicyVersion
@@ -39,12 +43,14 @@ class LearnerWorker:
         self.rank = rank
         self.world_size = world_size
         self.run_dir = Path(run_dir)
+        self._capture = CaptureSection.model_validate(config.get("attention", {}))
         self._run: Mapping[str, Any] = config.get("run", {})
         self._rollout: Mapping[str, Any] = config.get("rollout", {})
         self._cluster: Mapping[str, Any] = config.get("cluster", {})
         self._stream = StreamSection.model_validate(config.get("stream", {}))
         self._engine: Engine | None = None
         self._reference: Reference | None = None
+        self._recorder: Recorder | None = None
         self._ledger: tuple[str, Ledger] | None = None
         self.trainer = TrainerState.start(self.section)
 
@@ -64,8 +70,11 @@ class LearnerWorker:
         """
         self._join(master_addr, master_port)
         value = self.section.value_function if self.section.needs_values else "none"
-        policy = self._policy(value)
+        watched = self.section.drift.share > 0
+        policy = self._policy(value, watched=watched)
         verify_head(policy)
+        if watched:
+            self._recorder = watch_attention(cast(PreTrainedModel, policy.lm), self._capture)
         per_step = self.section.epochs * self.section.minibatches
         updates = None if total_steps is None else total_steps * per_step
         self._engine = Engine(policy, self.section, updates=updates, device=self._device)
@@ -91,7 +100,7 @@ class LearnerWorker:
     def train_on(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
         """`train_step` with the groups at hand."""
         assert self._reference is not None
-        result = train_step(self.engine, self._reference, groups, step, self._rules(), self.trainer)
+        result = train_step(self.engine, self._reference, groups, step, self._rules(), self.trainer, self._recorder)
         self.trainer = result.state
         return {"metrics": result.metrics, "samples": result.samples}
 
@@ -171,9 +180,11 @@ class LearnerWorker:
             timeout_s=timeout,
         )
 
-    def _policy(self, value: Any) -> PolicyWithValue:
+    def _policy(self, value: Any, *, watched: bool = False) -> PolicyWithValue:
         dtype = DTYPES[self.section.dtype]
-        lm = load_policy_model(self.policy_section, dtype=dtype)
+        if watched:
+            register()
+        lm = load_policy_model(self.policy_section, dtype=dtype, attention=CAPTURE if watched else "sdpa")
         trunk = load_policy_model(self.policy_section, dtype=dtype) if value == "separate" else None
         policy = PolicyWithValue(
             lm, value=value, value_hidden=self.section.value_hidden, value_lm=trunk, seed=self._seed

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rollout.capture_probe import find_modules, verify_capture
+from rollout.capture_probe import verify_capture
 from rollout.engine import AttentionRows, Completion, Family, GenerationRequest, KeySets, Recomputed
 from rollout.generation import attention_rows, chunk_rows, draw_uniforms, generate_batch, key_masks
 from rollout.policy_runner import PaddingSide, Runner, pad_prompts
@@ -18,6 +18,7 @@ from rollout.sampling import check_sampling
 from rollout.weight_loading import lay_out_for_decoding, take_weights
 from services.attention.capture import CAPTURE, attach, reduce_rows, register
 from services.attention.config import CaptureSection, resolve_capture
+from services.attention.modules import find_modules
 from services.models import decoder_start_of, eos_ids_of, family_of, load_policy_model, max_context_of
 from services.models_config import PolicySection
 from services.records import PolicyVersion

@@ -8,22 +8,20 @@ import torch
 from torch import Tensor
 
 
-def attend(query: Tensor, keys: Tensor, context: Tensor, heads: Tensor, scale: float, width: int) -> Tensor:
-    """sum_h u[h] a[h, j] for j < width: float32 [S, width].
+def attend(query: Tensor, keys: Tensor, context: Tensor, shortest: int, heads: Tensor, scale: float) -> Tensor:
+    """sum_h u[h] a[h, j]: float32 [S, K].
 
-    query [S, H, D]; keys [S, Hkv, K, D], where keys past `context` [S] (int64, at least 1) hold anything finite;
-    heads [H] are the weights u of this layer. The softmax is over the whole context, in float32 at least.
+    query [S, H, D]; keys [S, Hkv, D, K], in which those past `context` [S] (int64, at least 1) hold anything finite;
+    shortest: the smallest of `context`; heads [H]: the weights u of this layer. Softmax over the whole context.
     """
     slots, count, depth = query.shape
-    groups, length = keys.shape[1], keys.shape[2]
-    query = (query * scale).view(slots, groups, count // groups, depth)
-    scores = torch.matmul(query, keys.transpose(2, 3)).view(slots, count, length)
-    outside = torch.arange(length, device=keys.device) >= context.unsqueeze(1)
-    scores.masked_fill_(outside.unsqueeze(1), float("-inf"))
-    # Through the log-sum-exp only the columns of the prompt are exponentiated twice, and nothing is divided.
-    total = torch.logsumexp(scores, dim=-1, keepdim=True)
-    weights = torch.exp(scores[..., :width] - total)
-    return torch.matmul(heads, weights)
+    groups, length = keys.shape[1], keys.shape[3]
+    grouped = (query * scale).view(slots, groups, count // groups, depth)
+    scores = torch.matmul(grouped, keys).view(slots, count, length)
+    if shortest < length:
+        outside = torch.arange(shortest, length, device=keys.device) >= context.unsqueeze(1)
+        scores[..., shortest:].masked_fill_(outside.unsqueeze(1), float("-inf"))
+    return torch.matmul(heads, torch.softmax(scores, dim=-1))
 
 
 def statistics(rows: Tensor, content: Tensor, salient: Tensor) -> Tensor:

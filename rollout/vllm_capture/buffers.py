@@ -32,7 +32,8 @@ def _grown(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class Slots:
-    """Keys, key sets and statistics of the requests in a step, one row each.
+    """Keys, key sets and statistics of the requests in a step, one row each. Keys are [slots, Hkv, D, tokens]:
+    a query's product with them reads memory in order.
 
     `most` slots of `longest` tokens are the bound; memory follows the largest use so far. A slot is taken lowest
     first, so that the slots in use lie side by side.
@@ -42,7 +43,7 @@ class Slots:
         self._most = most
         self._longest = longest
         self._free = list(range(most - 1, -1, -1))
-        self.keys = [torch.zeros((0, layer.key_heads, 0, layer.width), dtype=dtype) for layer in layers]
+        self.keys = [torch.zeros((0, layer.key_heads, layer.width, 0), dtype=dtype) for layer in layers]
         self.content = torch.zeros((0, 0))
         self.salient = torch.zeros((0, 0))
         self.statistics = torch.zeros((0, 0, 4))
@@ -80,7 +81,7 @@ class Slots:
             self._grow(self.content.shape[0], min(self._longest, max(64, tokens, 2 * self.content.shape[1])))
 
     def _grow(self, slots: int, tokens: int) -> None:
-        self.keys = [_grown(keys, (slots, keys.shape[1], tokens, keys.shape[3])) for keys in self.keys]
+        self.keys = [_grown(keys, (slots, keys.shape[1], keys.shape[2], tokens)) for keys in self.keys]
         self.content = _grown(self.content, (slots, tokens))
         self.salient = _grown(self.salient, (slots, tokens))
         self.statistics = _grown(self.statistics, (slots, tokens, 4))

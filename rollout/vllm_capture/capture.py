@@ -46,13 +46,14 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Round:
-    """Rows as index tensors, and the sum over layers and heads so far: [slots in use, width]."""
+    """Rows as index tensors, and the sum over layers and heads so far: [slots in use, longest context]."""
 
     rows: Rows
     query: Tensor
     slot: Tensor
     token: Tensor
     context: Tensor
+    shortest: int
     sums: Tensor
 
 
@@ -174,10 +175,11 @@ class Capture:
                     torch.from_numpy(rows.query),
                     torch.from_numpy(rows.slot),
                     torch.from_numpy(rows.token),
-                    torch.ones(used, dtype=torch.int64).index_put_(
+                    torch.full((used,), longest).index_put_(
                         (torch.from_numpy(rows.slot),), torch.from_numpy(rows.context)
                     ),
-                    torch.zeros((used, width)),
+                    int(rows.context.min()),
+                    torch.zeros((used, longest)),
                 )
                 for rows in rounds
             ],
@@ -196,14 +198,14 @@ class Capture:
         if step is None:
             return
         for slot, paged in step.cached:
-            self._slots.keys[layer][slot, :, : len(paged)] = shadow[paged].transpose(0, 1)
+            self._slots.keys[layer][slot, :, :, : len(paged)] = shadow[paged].permute(1, 2, 0)
         self._write_keys(step, layer, keys)
         shape = self._layers[layer]
-        held = self._slots.keys[layer][: step.used, :, : step.longest].float()
+        held = self._slots.keys[layer][: step.used, :, :, : step.longest].float()
         for round in step.rounds:
             scattered = torch.zeros((step.used, shape.query_heads, shape.width))
             scattered[round.slot] = query[round.query].float()
-            round.sums.add_(attend(scattered, held, round.context, self._heads[layer], shape.scale, step.width))
+            round.sums.add_(attend(scattered, held, round.context, round.shortest, self._heads[layer], shape.scale))
         step.layers += 1
         if step.layers == len(self._layers):
             self._step = None
@@ -291,14 +293,15 @@ class Capture:
         if step.captured is not None:
             slot, position, keys = slot[step.captured], position[step.captured], keys[step.captured]
         held = self._slots.keys[layer]
-        held[slot, :, position] = keys.to(held.dtype)
+        held[slot, :, :, position] = keys.to(held.dtype)
 
     def _finish_step(self, step: _Step) -> None:
         slots = self._slots
         content = slots.content[: step.used, : step.width]
         salient = slots.salient[: step.used, : step.width]
         for round in step.rounds:
-            rows = (round.sums if self._reduce is None else self._reduce(round.sums)) / self._total
+            sums = round.sums[:, : step.width]
+            rows = (sums if self._reduce is None else self._reduce(sums.contiguous())) / self._total
             slots.statistics[round.slot, round.token] = statistics(rows, content, salient)[round.slot]
             slots.written[round.rows.slot] = np.maximum(slots.written[round.rows.slot], round.rows.token + 1)
             if self._dense:

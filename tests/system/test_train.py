@@ -49,6 +49,10 @@ def test_a_run_leaves_what_the_contract_says(attune: Attune, recipe: Recipe, tmp
     assert {row["staleness/max"] for row in metrics} == {0.0}
     assert max(row["policy/first_log_ratio_max"] for row in metrics) < 1e-5
 
+    # What the rollouts recorded is what the learner computes.
+    assert max(row["drift/logprob_max"] for row in metrics) < 1e-5
+    assert max(row["drift/attention_max"] for row in metrics) < 1e-5
+
     samples = [row for shard in sorted((run / "samples").glob("step_*.jsonl")) for row in rows(shard)]
     assert len(samples) == 2 * len(groups)
     assert {sample["group_id"] for sample in samples} == set(groups)
@@ -110,6 +114,7 @@ def test_an_encoder_decoder_is_trained_on_two_sources(
     metrics = rows(run / "metrics.jsonl")
     assert len(metrics) == 2
     assert max(row["policy/first_log_ratio_max"] for row in metrics) < 1e-5
+    assert max(row["drift/attention_max"] for row in metrics) < 1e-5
     scored = [row for row in rows(run / "samples" / "step_000000.jsonl") if row["reward"]["status"] == "ok"]
     assert scored
     for sample in scored:
@@ -149,6 +154,7 @@ def test_vllm_generates(attune: Attune, recipe: Recipe, tmp_path: Path, stalenes
     assert max(row["staleness/max"] for row in metrics) <= staleness
     if staleness == 0:
         assert max(row["policy/first_log_ratio_max"] for row in metrics) < 1e-4
+        assert max(row["drift/attention_max"] for row in metrics) < 1e-5
     groups = [group for step in committed(run)["steps"].values() for group in step]
     assert len(groups) == len(set(groups)) == 16
     samples = [row for shard in sorted((run / "samples").glob("step_*.jsonl")) for row in rows(shard)]
@@ -157,3 +163,12 @@ def test_vllm_generates(attune: Attune, recipe: Recipe, tmp_path: Path, stalenes
         assert len(sample["attention"]["mass"]) == len(sample["response_ids"]) == len(sample["logprobs"])
         assert sum(span[2] for span in sample["policy_versions"]) == len(sample["response_ids"])
     assert len({tuple(span[:2]) for sample in samples for span in sample["policy_versions"]}) >= 3
+
+
+def test_drift_past_its_limit_stops_the_run_and_explains(attune: Attune, recipe: Recipe, tmp_path: Path) -> None:
+    path = recipe(run={"steps": 1}, learner={"drift": {"share": 1.0, "attention_limit": 1e-12}})
+    code, output = attune("train", str(path), "--run-dir", str(tmp_path / "run"))
+    assert code == 1, output
+    assert "drift/attention_max" in output
+    assert "learner.drift.attention_limit 1e-12" in output
+    assert "Traceback" not in output
