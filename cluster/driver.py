@@ -22,6 +22,7 @@ from cluster.supervise import Supervisor
 from cluster.training import Outcome, Training
 from cluster.training_data import load_training_data
 from learner.commit import drop_checkpoints_after
+from rollout.worker import check_engine
 from services.errors import UserError
 from services.stream.embedded import EmbeddedRedis
 from services.stream.ledger import open_ledger
@@ -43,6 +44,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
         starts = [event for event in read_jsonl(run.events) if event.get("event") == "start"]
         run_id = str(starts[0]["run_id"]) if starts else uuid4().hex[:12]
         history = open_history(run, config, resume, run_id)
+        check_engine(config.rollout, config.policy)
         data = load_training_data(config, run)
         if is_finished(config, run, history, len(data.splits.train)):
             return Outcome(None, history.steps_done, history.committed_steps, 0.0)

@@ -37,6 +37,11 @@ from services.text.tokenizer import train_tokenizer
 
 Family = Literal["decoder", "encoder-decoder"]
 RECIPES = {"decoder": "cagsr-qa.yaml", "encoder-decoder": "cagsr-qa-t5.yaml"}
+ENGINE_OVERRIDES = {
+    "transformers": [],
+    # One engine with both cores and one large batch, where the other engine has an actor a core.
+    "vllm": ["rollout.actors=1", "rollout.threads=2", "rollout.max_batch_rows=128"],
+}
 VOCABULARY = 4096
 """At most; the corpus gives some 1,600 tokens."""
 
@@ -49,6 +54,8 @@ def quickstart(run_dir: Path, *, steps: int | None, engine: str, family: str, co
     """
     if family not in RECIPES:
         raise UserError(f"--family {family}: allowed are {', '.join(RECIPES)}")
+    if engine == "vllm" and family != "decoder":
+        raise UserError(f"--engine vllm: captures decoder-only policies; --family {family} needs --engine transformers")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # its bars for models of a few MB say nothing
@@ -56,6 +63,7 @@ def quickstart(run_dir: Path, *, steps: int | None, engine: str, family: str, co
     questions, base, tuned = run_dir / "data" / "questions.jsonl", run_dir / "base", run_dir / "sft"
     recipe = find_recipe(RECIPES[family])
     overrides = [f"data.source={questions}", f"policy.model={tuned}", f"rollout.engine={engine}"]
+    overrides += ENGINE_OVERRIDES[engine]
     overrides += [] if steps is None else [f"run.steps={steps}"]
     config = resolve(apply_overrides(read_yaml(recipe), overrides), str(recipe))
 

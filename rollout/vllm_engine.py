@@ -23,7 +23,7 @@ from rollout.vllm_capture.request import extra_args
 from rollout.vllm_in_process import InProcessLLM
 from services.attention.config import CaptureSection
 from services.errors import Deadline, UserError
-from services.models import eos_ids_of_policy, family_of, load_config, max_context_of
+from services.models import eos_ids_of_policy, load_config, max_context_of
 from services.models_config import PolicySection
 from services.records import FinishReason, PolicyVersion
 from services.weights import Corrupt
@@ -45,11 +45,6 @@ class VllmEngine:
 
     def __init__(self, policy: PolicySection, capture: CaptureSection, rollout: RolloutSection) -> None:
         config = load_config(policy)
-        if family_of(config) != "decoder":
-            raise UserError(
-                f"rollout.engine: 'vllm' captures decoder-only models, and {policy.model} is an encoder-decoder; set "
-                "rollout.engine to 'transformers'"
-            )
         self.family: Family = "decoder"
         self.max_context: int | None = max_context_of(config)
         self.eos_ids: tuple[int, ...] = eos_ids_of_policy(policy)

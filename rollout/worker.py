@@ -9,6 +9,7 @@ from rollout.config import RolloutSection
 from rollout.engine import Engine, Oracle
 from rollout.prepare import Preparation
 from services.attention.config import CaptureSection
+from services.errors import UserError
 from services.models import family_of, load_config, load_tokenizer, max_context_of
 from services.models_config import PolicySection
 from services.stream.config import StreamSection
@@ -16,6 +17,15 @@ from services.stream.ledger import open_ledger
 from services.text.config import DataSection, SalienceSection
 from services.text.render import Renderer
 from services.text.salience import Idf
+
+
+def check_engine(rollout: RolloutSection, policy: PolicySection) -> None:
+    """Raises UserError where the recipe's engine does not run the policy's family."""
+    if rollout.engine == "vllm" and family_of(load_config(policy)) != "decoder":
+        raise UserError(
+            f"rollout.engine: 'vllm' captures decoder-only models, and {policy.model} is an encoder-decoder; set "
+            "rollout.engine to 'transformers'"
+        )
 
 
 def build_oracle(policy: PolicySection, capture: CaptureSection, rollout: RolloutSection) -> Oracle:
@@ -31,6 +41,7 @@ async def build_engine(policy: PolicySection, capture: CaptureSection, rollout: 
         return build_oracle(policy, capture, rollout)
     from rollout.vllm_engine import VllmEngine
 
+    check_engine(rollout, policy)
     engine = VllmEngine(policy, capture, rollout)
     await engine.start()
     return engine

@@ -1,6 +1,7 @@
 """`attune rollout`: both engines, the sample's contract, and going on after a kill."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,23 @@ def test_samples_are_those_of_the_contract_and_are_gone_on_with(
     code, output = attune(*arguments(model, questions_file, out, "--seed", "5"))
     assert code == 2
     assert "--capture-layers" in output
+
+
+def test_vllm_writes_the_same_kind_of_samples(
+    start: Callable[..., subprocess.Popen[str]], questions_file: Path, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    """In a process of its own: vLLM changes torch for the whole process that it runs in."""
+    out = tmp_path / "s.jsonl"
+    process = start(*arguments(tiny_decoder, questions_file, out, "--keep-maps"), "--engine", "vllm")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    samples = rows(out)
+    assert len(samples) == 2 * 36
+    for sample in samples:
+        attention = sample["attention"]
+        dense = load_file(tmp_path / attention["map_ref"])["map"]
+        assert dense.shape == (len(sample["response_ids"]), len(sample["prompt_ids"]))
+        np.testing.assert_allclose(dense[:, attention["content"]].sum(1), attention["mass"], atol=1e-5)
 
 
 def test_a_model_or_file_that_is_not_there_is_named(attune: Attune, tiny_decoder: Path, tmp_path: Path) -> None:

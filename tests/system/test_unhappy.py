@@ -97,6 +97,15 @@ def test_a_model_that_is_no_language_model(capfd: pytest.CaptureFixture[str], re
     assert "language model" in message
 
 
+def test_an_engine_that_does_not_run_the_family_is_refused_before_the_start(
+    capfd: pytest.CaptureFixture[str], recipe: Recipe, tmp_path: Path, tiny_encoder_decoder: Path
+) -> None:
+    path = recipe(policy={"model": str(tiny_encoder_decoder)}, rollout={"engine": "vllm"})
+    message = refused(capfd, "train", str(path), "--run-dir", str(tmp_path / "run"))
+    assert "rollout.engine" in message
+    assert "'transformers'" in message
+
+
 def test_a_port_in_use(capfd: pytest.CaptureFixture[str], recipe: Recipe) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
