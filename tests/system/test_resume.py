@@ -111,6 +111,7 @@ def test_one_step_ahead_accounts_for_every_group_after_a_kill(
     assert max(staleness) == 1.0
 
 
+@pytest.mark.slow  # the same way back as past a damaged commit, from a path
 def test_an_older_commit_can_be_gone_back_to(uninterrupted: Path, attune: Attune, recipe: Recipe) -> None:
     expected, before = reproducible(uninterrupted), weights(uninterrupted)
     checkpoint = uninterrupted / "checkpoints" / "step_2"
