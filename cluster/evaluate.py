@@ -28,6 +28,7 @@ from cluster.evaluation_result import (
     without_eos,
 )
 from rollout.engine import AttentionRows, Completion, GenerationRequest, KeySets, Oracle, Sampling
+from rollout.refusals import RequestRefused, check_fits
 from services.attention.failures import AttentionFailure
 from services.attention.options import AttentionOptions
 from services.attention.reward import AttentionReward, score_statistics
@@ -153,12 +154,12 @@ def sampling_of(decoding: Decoding, settings: EvaluationSection, max_tokens: int
 
 
 def _misfit(engine: Oracle, prompt: EvaluationPrompt, max_tokens: int) -> str | None:
-    if engine.max_context is None or len(prompt.prompt_ids) + max_tokens <= engine.max_context:
-        return None
-    return (
-        f"prompt {prompt.prompt_id}: {len(prompt.prompt_ids)} tokens and {max_tokens} of the response exceed the "
-        f"model's context of {engine.max_context}"
-    )
+    """Why the prompt cannot be answered, where it cannot."""
+    try:
+        check_fits(engine.family, engine.max_context, prompt.prompt_ids, max_tokens)
+    except RequestRefused as refusal:
+        return f"prompt {prompt.prompt_id}: {refusal}"
+    return None
 
 
 def _request(prompt: EvaluationPrompt, sampling: Sampling, seed: int, decoding: Decoding) -> GenerationRequest:
