@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,18 +203,34 @@ SFT = {"epochs": 2, "batch_size": 7, "lr": 3e-3, "warmup_share": 0.4, "schedule"
 
 
 @pytest.fixture(scope="session")
-def one_rank(model_dirs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What one rank made of the jobs that two ranks are compared with."""
-    jobs = {name: job_of(model_dirs[name], 5, **MINIBATCHES) for name in ("tied", "untied", "t5")}
-    return run_ranks(jobs, 1, tmp_path_factory.mktemp("one"))
+def rank_runs(model_dirs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """What one rank and two ranks made of their jobs. They run side by side: one alone leaves a core idle."""
+    one = {name: job_of(model_dirs[name], 5, **MINIBATCHES) for name in ("tied", "untied", "t5")}
+    root = tmp_path_factory.mktemp("two")
+    with ThreadPoolExecutor(2) as pool:
+        runs = (
+            pool.submit(run_ranks, one, 1, tmp_path_factory.mktemp("one")),
+            pool.submit(run_ranks, two_rank_jobs(model_dirs, root), 2, root),
+        )
+        return runs[0].result(), runs[1].result()
 
 
 @pytest.fixture(scope="session")
-def two_ranks(model_dirs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What two ranks made of many jobs, by name. One pair of processes runs all: starting them is what takes time."""
-    root = tmp_path_factory.mktemp("two")
+def one_rank(rank_runs: tuple[Any, Any]) -> Any:
+    """What one rank made of the jobs that two ranks are compared with, by name."""
+    return rank_runs[0]
+
+
+@pytest.fixture(scope="session")
+def two_ranks(rank_runs: tuple[Any, Any]) -> Any:
+    """What two ranks made of many jobs, by name."""
+    return rank_runs[1]
+
+
+def two_rank_jobs(model_dirs: dict[str, str], root: Path) -> dict[str, dict[str, Any]]:
+    """One pair of processes runs all of these: starting them is what takes time."""
     tied = {**job_of(model_dirs["tied"], 5, **MINIBATCHES), "save_at": 2}
-    jobs = {
+    return {
         "tied": tied,
         "again": tied,
         "resumed": {**tied, "save_at": None, "first": 2, "resume": str(root / "tied" / "saved")},
@@ -229,7 +246,6 @@ def two_ranks(model_dirs: dict[str, str], tmp_path_factory: pytest.TempPathFacto
             **job_of(model_dirs["untied"], 0), "scenario": "sft", "sft": SFT, "train": PAIRS, "validation": PAIRS[:6],
         },
     }  # fmt: skip
-    return run_ranks(jobs, 2, root)
 
 
 @pytest.fixture(scope="session")

@@ -128,6 +128,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     python("-c", COMPILED, interpret=False, TRITON_CACHE_DIR=str(tmp_path))
 

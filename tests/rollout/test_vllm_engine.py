@@ -291,6 +291,7 @@ class OwnVllm:
         ]
 
 
+@pytest.mark.slow
 def test_the_documented_example_and_capture_changes_nothing(ray_session: str, policy: PolicySection) -> None:
     import ray
 

@@ -138,7 +138,7 @@ def test_truncated_sampling_is_replayed(attune: Attune, recipe: Recipe, tmp_path
     assert all(len(kept) <= 20 for kept in sample["kept_ids"])
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_vllm_generates(attune: Attune, recipe: Recipe, tmp_path: Path, staleness: int) -> None:
     """The same service with the other engine: every group once, fresh enough, captured, one distribution."""
     run = tmp_path / "run"
