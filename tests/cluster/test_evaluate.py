@@ -112,7 +112,7 @@ def test_a_prompt_that_does_not_fit_is_refused_by_name(bigram, prompts, decode):
     result = run(bigram(max_context=15), prompts, decode)
     refused = {p.prompt_id: p.refused for p in result.prompts if p.refused}
     assert refused == {p.prompt_id: refused[p.prompt_id] for p in prompts if len(p.prompt_ids) + 10 > 15}
-    assert "p3: 6 tokens and 10" in refused["p3"]
+    assert "p3: a prompt of 6 tokens and a response of 10" in refused["p3"]
     assert not {r.prompt_id for r in result.responses} & refused.keys()
     with pytest.raises(UserError, match="no prompt fits"):
         run(bigram(max_context=4), prompts, decode)
