@@ -71,7 +71,7 @@ def test_a_run_that_is_stopped_then_killed_goes_on_bit_for_bit(
 ) -> None:
     path = recipe(**{**TWO, "rollout": {"actors": 1}})  # the uninterrupted run has two: it must not matter
     run = tmp_path / "interrupted"
-    # From the third step on there is a commit, wherever in a step the signal falls: a step under way cannot be committed.
+    # From the third step on there is a commit wherever the signal falls: a step under way cannot be committed.
     code, output = interrupt(start, path, run, random.randint(3, 4), signal.SIGTERM)
     assert code == 4, output
     commit = latest_committed(run).commit
