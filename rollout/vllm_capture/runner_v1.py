@@ -4,13 +4,49 @@ Nothing in vLLM is replaced: the runner's `_update_states` and the `forward` of 
 implementation are wrapped on their instances, and call through. Each function here returns what takes its wrapper off.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from rollout.vllm_capture.buffers import LayerShape
 from rollout.vllm_capture.capture import BatchEntry, Capture
 from rollout.vllm_capture.request import read_request
+from rollout.vllm_capture.seeded_cpu import keep_discarded_generators
+
+
+def start_v1(
+    worker: Any,
+    layers: Mapping[int, Any],
+    shapes: Sequence[LayerShape],
+    total: float,
+    reduce: Callable[[Tensor], Tensor] | None,
+) -> tuple[Capture, Callable[[], None]]:
+    """A capture of these layers, by number, of a worker whose runner is V1; and what takes it off again."""
+    config, runner = worker.vllm_config, worker.model_runner
+    table = runner.input_batch.block_table[0]
+    capture = Capture(
+        shapes,
+        total=total,
+        dtype=config.model_config.dtype,
+        most_requests=config.scheduler_config.max_num_seqs,
+        longest=config.model_config.max_model_len,
+        block_size=table.block_size,
+        copied_block_size=config.cache_config.block_size,
+        paged_tokens=runner.kv_cache_config.num_blocks * config.cache_config.block_size,
+        reduce=reduce,
+    )
+    if runner.device.type == "cpu" and not hasattr(worker, "_attune_seeded"):
+        keep_discarded_generators(runner)
+        worker._attune_seeded = True
+    undo = (observe_steps(runner, capture), observe_layers(list(layers.values()), capture))
+
+    def take_off() -> None:
+        for each in undo:
+            each()
+
+    return capture, take_off
 
 
 def observe_steps(runner: Any, capture: Capture) -> Callable[[], None]:
