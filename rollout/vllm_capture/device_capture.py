@@ -21,6 +21,10 @@ from rollout.vllm_capture.request import CaptureRequest
 from rollout.vllm_capture.steps import Ints
 from rollout.vllm_capture.triton_kernels import RowTensors, SlotTensors, accumulate_rows, reduce_rows, workspace
 
+_MOST_SPLITS = 16
+_KEYS_A_SPLIT = 64
+"""A shorter split leaves part of its tile of keys idle."""
+
 
 @dataclass
 class _Held:
@@ -69,7 +73,11 @@ class DeviceCapture:
         self._placed = no_rows(slots, 1 + drafts, device)
         count = self._placed.query.shape[0]
         self._space = workspace(
-            rows=count, heads=max(layer.query_heads for layer in layers), width=longest, device=device
+            rows=count,
+            heads=max(layer.query_heads for layer in layers),
+            width=longest,
+            device=device,
+            splits=min(_MOST_SPLITS, 1 << max(0, (longest // _KEYS_A_SPLIT).bit_length() - 1)),
         )
         widest = max(layer.query_heads * layer.width for layer in layers)
         self._query = torch.zeros(count * widest, dtype=dtype, device=device)

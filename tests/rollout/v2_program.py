@@ -1,13 +1,14 @@
-"""vLLM's own model runner V2 on a CPU: its Triton kernels, and the capture's, run in Triton's interpreter.
+"""vLLM's own model runner V2 on a CPU: its Triton kernels, and those of the capture, run in Triton's interpreter.
 
     python tests/rollout/v2_program.py ASKED ANSWERED
 
-ASKED is a pickle of (policy, capture, rollout, calls); a call is a list of generation requests, a list of prompts to be
-generated with and without the capture, or the path of a manifest to be loaded. ANSWERED becomes a pickle of
-what each gave, and of the capture's report.
+ASKED is a pickle of runs, each in a vLLM of its own: {"llm": its arguments, "section": the attention section, "triton":
+whether Triton's attention replaces the CPU's, "calls": lists of (prompt ids, sampling parameters)}. ANSWERED becomes a
+pickle of a mapping for each run: "started", "answers" (for each request its tokens, their log-probabilities, statistics
+[T, 4] and dense rows, or None where it asked for nothing), "report" and "runner".
 """
 
-import asyncio
+import gc
 import os
 import pickle
 import sys
@@ -15,33 +16,97 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 os.environ |= {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
 }
 
-from triton.backends import backends  # noqa: E402 - reads the environment
+from triton.backends import backends  # noqa: E402 - it reads the environment
 
-# vLLM takes Triton on a CPU for usable where it names a CPU backend; the interpreter needs none.
+# vLLM takes Triton on a CPU for usable where it has a CPU backend; the interpreter needs none.
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))  # pyright: ignore[reportArgumentType]
 
 
-async def run(asked: Path, answered: Path) -> None:
-    from rollout.worker import build_engine
+def run(asked: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    policy, capture, rollout, calls = pickle.loads(asked.read_bytes())
-    engine: Any = await build_engine(policy, capture, rollout)
-    answers = [await _answer(engine, call) for call in calls]
-    report = (await engine._rpc("attune_capture_report"))[0]
-    kind = engine._llm._engine.model_executor.driver_worker.worker.model_runner
-    answered.write_bytes(pickle.dumps((engine.layers, answers, report, f"{type(kind).__module__}")))
-    await engine.close()
+    llm: Any = LLM(
+        **{
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "block_size": 32,
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": "rollout.vllm_capture.extension.CaptureExtension",
+            **asked["llm"],
+        }
+    )
+    runner = _worker(llm).model_runner
+    started = None if asked["section"] is None else llm.collective_rpc("attune_capture_start", args=(asked["section"],))
+    answers = [_answers(llm, call) for call in asked["calls"]]
+    report = None if started is None else llm.collective_rpc("attune_capture_report")[0]
+    answer = {
+        "started": started and started[0],
+        "answers": answers,
+        "report": report,
+        "runner": type(runner).__mro__[1].__module__,
+    }
+    del llm, runner
+    cleanup_dist_env_and_memory()
+    gc.collect()
+    return answer
 
 
-async def _answer(engine: Any, call: Any) -> Any:
-    return await engine.generate(call)
+def _worker(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker
+
+
+def _answers(llm: Any, call: list[tuple[list[int], dict[str, Any]]]) -> list[tuple[Any, ...]]:
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": ids} for ids, _ in call]
+    parameters = [SamplingParams(logprobs=0, detokenize=False, **given) for _, given in call]
+    outputs = [each.outputs[0] for each in llm.generate(prompts, parameters, use_tqdm=False)]
+    wishes = [(given.get("extra_args") or {}).get("attune") for _, given in call]
+    started = hasattr(_worker(llm), "_attune_capture")
+    asking = [i for i, wish in enumerate(wishes) if wish is not None and started]
+    keys, lengths = [wishes[i]["key"] for i in asking], [len(outputs[i].token_ids) for i in asking]
+    fetched: dict[int, Any] = {}
+    if asking:
+        fetched = dict(zip(asking, llm.collective_rpc("attune_capture_pop", args=(keys, lengths))[0], strict=True))
+    answers: list[tuple[Any, ...]] = []
+    for i, output in enumerate(outputs):
+        tokens = list(output.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
+        statistics = dense = None
+        if i in fetched:
+            statistics = np.frombuffer(fetched[i]["statistics"], np.float32).reshape(-1, 4)
+            if fetched[i]["dense"] is not None:
+                dense = np.frombuffer(fetched[i]["dense"], np.float32).reshape(len(tokens), -1)
+        answers.append((tokens, logprobs, statistics, dense))
+    return answers
+
+
+def use_triton_attention() -> None:
+    """GPU attention on the CPU: keys lie in the paged cache as they do there."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend")
 
 
 if __name__ == "__main__":
-    asyncio.run(run(Path(sys.argv[1]), Path(sys.argv[2])))
+    runs = pickle.loads(Path(sys.argv[1]).read_bytes())
+    answered: list[dict[str, Any]] = []
+    for each in runs:
+        if each.get("triton"):
+            use_triton_attention()
+        answered.append(run(each))
+    Path(sys.argv[2]).write_bytes(pickle.dumps(answered))
