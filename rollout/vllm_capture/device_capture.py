@@ -99,9 +99,7 @@ class DeviceCapture:
         """Bytes in use: of the slots, of the scratch of a step, and of what is put by until it is fetched."""
         slots = (self._prompt, self._sets, self._statistics)
         scratch = (self._space.rows, self._space.lse, self._space.largest, self._space.sums, self._query)
-        kept = [
-            each for held in self._by_key.values() for each in (held.rows, held.dense) if each is not None
-        ]  # fmt: skip
+        kept = [each for held in self._by_key.values() for each in (held.rows, held.dense) if each is not None]
         return {
             name: sum(each.nbytes for each in tensors)
             for name, tensors in (("slots", slots), ("scratch", scratch), ("kept", kept))
@@ -153,7 +151,7 @@ class DeviceCapture:
             self._by_key.pop(self._unclaimed.popitem(last=False)[0])
 
     def place(self, step: StepTensors, slots: Ints, lengths: Ints) -> None:
-        """A step is about to run; slots, lengths [N]: its requests on this side, and what their contexts are at most."""
+        """A step is about to run; slots, lengths [N]: its requests on this side, and the most their contexts can be."""
         place_rows(self._placed, step, self._prompt)
         self._count, self._width = len(slots) * self._placed.per_request, int(self._prompts[slots].max(initial=1))
         self._reach[slots] = np.maximum(self._reach[slots], lengths - self._prompts[slots] + 1)

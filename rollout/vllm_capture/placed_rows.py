@@ -1,4 +1,4 @@
-"""Which rows of a step are written, settled on the device: the rule of `steps`, from tensors that no one has to wait for.
+"""Which rows of a step are written, settled on the device: the rule of `steps`, out of tensors that no one waits for.
 
 A token computed at absolute position `pos` is the row of response token t = pos + 1 - P, and is written if and only if
 the request holds no token at pos + 1 yet. A draft's row is written like any other; where the draft is rejected, the
@@ -6,6 +6,7 @@ next step begins at the same t and writes over it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ class PlacedRows:
 @dataclass(frozen=True)
 class StepTensors:
     """A batch of N requests: slot [N] (int64; below 0: none), start [at least N + 1] and length [at least N] (int32:
-    where each one's tokens begin in the step, and its context after it), held [slots] (int32: prompt and response tokens
-    that the request has had so far)."""
+    where each one's tokens begin in the step, and its context after it), held [slots] (int32: prompt and response
+    tokens that the request has had so far)."""
 
     slot: Tensor
     start: Tensor
@@ -52,12 +53,12 @@ def place_rows(placed: PlacedRows, step: StepTensors, prompt: Tensor) -> None:
     prompt [slots], int32: P of each request, 0 for one that is not captured.
     """
     rows = placed.rows
+    constants: dict[str, Any] = {"PER_REQUEST": placed.per_request, "BLOCK": _BLOCK}
     _place[(triton.cdiv(placed.query.shape[0], _BLOCK),)](
         *(step.slot, step.start, step.length, step.held, prompt),
         *(placed.query, rows.slot, rows.token, rows.context),
         *(step.slot.shape[0], placed.query.shape[0]),
-        PER_REQUEST=placed.per_request,
-        BLOCK=_BLOCK,
+        **constants,
     )
 
 

@@ -75,6 +75,6 @@ def refuse_device_layer(number: int, layer: Any, block_size: int, dtype: Any) ->
         raise UserError(f"decoder layer {number} has its keys in the order of {backend}, which is not known: {advice}")
     if tuple(cache.shape[1:]) != shape or cache.dtype != dtype:
         raise UserError(
-            f"decoder layer {number} has a KV cache of {list(cache.shape[1:])} in {cache.dtype}, where {list(shape)} in "
-            f"{dtype} is known: set vLLM's block_size to one that {backend} takes whole, or {_OTHER_ENGINE}"
+            f"decoder layer {number} has a KV cache of {list(cache.shape[1:])} in {cache.dtype}, where {list(shape)} "
+            f"in {dtype} is known: set vLLM's block_size to one that {backend} takes whole, or {_OTHER_ENGINE}"
         )

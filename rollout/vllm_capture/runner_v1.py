@@ -14,6 +14,7 @@ from rollout.vllm_capture.buffers import LayerShape
 from rollout.vllm_capture.capture import BatchEntry, Capture
 from rollout.vllm_capture.request import read_request
 from rollout.vllm_capture.seeded_cpu import keep_discarded_generators
+from services.errors import UserError
 
 
 def start_v1(
@@ -23,8 +24,13 @@ def start_v1(
     total: float,
     reduce: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Capture, Callable[[], None]]:
-    """A capture of these layers, by number, of a worker whose runner is V1; and what takes it off again."""
+    """A capture of these layers, by number, of a worker whose runner is V1; and what takes it off again.
+
+    Raises UserError on a GPU, where the runner is V2 unless it was switched off.
+    """
     config, runner = worker.vllm_config, worker.model_runner
+    if runner.device.type != "cpu":
+        raise UserError("attention is captured with model runner V1 on CPUs only: set VLLM_USE_V2_MODEL_RUNNER=1")
     table = runner.input_batch.block_table[0]
     capture = Capture(
         shapes,

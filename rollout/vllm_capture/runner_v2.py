@@ -208,8 +208,8 @@ def _observe_layer(runner: Any, layer: Any, shape: LayerShape, block_size: int, 
 
     def observing(call: Any) -> Any:
         def forward(
-            attention: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: Any, *args: Any, **kwargs: Any
-        ) -> Any:  # fmt: skip
+            attention: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, *args: Any, **kwargs: Any
+        ) -> Any:
             result = call(attention, query, key, value, kv_cache, metadata, *args, **kwargs)
             if metadata is not None:  # None: a run to warm up
                 capture.attend_layer(shape.name, query, keys_of(kv_cache, key, metadata))

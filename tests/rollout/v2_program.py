@@ -2,15 +2,15 @@
 
     python tests/rollout/v2_program.py ASKED ANSWERED
 
-ASKED is a pickle of runs, each in a vLLM of its own: {"llm": its arguments, "section": the attention section, "triton":
-whether Triton's attention replaces the CPU's, "calls": lists of (prompt ids, sampling parameters)}. ANSWERED becomes a
-pickle of a mapping for each run: "started", "answers" (for each request its tokens, their log-probabilities, statistics
-[T, 4] and dense rows, or None where it asked for nothing), "report" and "runner".
+Both are JSON. ASKED is a list of runs, each in a vLLM of its own: {"llm": its arguments, "section": the attention
+section, "triton": whether Triton's attention replaces the CPU's, "calls": lists of (prompt ids, sampling parameters)}.
+ANSWERED becomes a list of a mapping for each run: "started", "answers" (for each request its tokens, their log-probabilities, statistics
+[T, 4] and dense rows [T, P], or None where they are not kept), "report" and "runner".
 """
 
 import gc
+import json
 import os
-import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,10 +28,24 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 
-from triton.backends import backends  # noqa: E402 - it reads the environment
+from triton.backends import backends  # reads the environment
 
 # vLLM takes Triton on a CPU for usable where it has a CPU backend; the interpreter needs none.
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))  # pyright: ignore[reportArgumentType]
+
+
+def take_whole_masks() -> None:
+    """The interpreter's loads and stores refuse a mask of integers, which vLLM's n-gram kernel has."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    builder: Any = InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def boolean(mask: Any) -> Any:
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    builder.create_masked_load = lambda self, at, mask, *rest, **more: load(self, at, boolean(mask), *rest, **more)
+    builder.create_masked_store = lambda self, at, value, mask, *rest: store(self, at, value, boolean(mask), *rest)
 
 
 def run(asked: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +89,7 @@ def _answers(llm: Any, call: list[tuple[list[int], dict[str, Any]]]) -> list[tup
     prompts = [{"prompt_token_ids": ids} for ids, _ in call]
     parameters = [SamplingParams(logprobs=0, detokenize=False, **given) for _, given in call]
     outputs = [each.outputs[0] for each in llm.generate(prompts, parameters, use_tqdm=False)]
-    wishes = [(given.get("extra_args") or {}).get("attune") for _, given in call]
+    wishes: list[Any] = [(given.get("extra_args") or {}).get("attune") for _, given in call]
     started = hasattr(_worker(llm), "_attune_capture")
     asking = [i for i, wish in enumerate(wishes) if wish is not None and started]
     keys, lengths = [wishes[i]["key"] for i in asking], [len(outputs[i].token_ids) for i in asking]
@@ -88,25 +102,28 @@ def _answers(llm: Any, call: list[tuple[list[int], dict[str, Any]]]) -> list[tup
         logprobs = [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
         statistics = dense = None
         if i in fetched:
-            statistics = np.frombuffer(fetched[i]["statistics"], np.float32).reshape(-1, 4)
+            statistics = np.frombuffer(fetched[i]["statistics"], np.float32).reshape(-1, 4).tolist()
             if fetched[i]["dense"] is not None:
-                dense = np.frombuffer(fetched[i]["dense"], np.float32).reshape(len(tokens), -1)
+                dense = np.frombuffer(fetched[i]["dense"], np.float32).reshape(len(tokens), -1).tolist()
         answers.append((tokens, logprobs, statistics, dense))
     return answers
 
 
 def use_triton_attention() -> None:
-    """GPU attention on the CPU: keys lie in the paged cache as they do there."""
+    """GPU attention on the CPU: keys lie in the paged cache as they do there. It asks what kind of GPU runs it."""
+    import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend")
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
 
 
 if __name__ == "__main__":
-    runs = pickle.loads(Path(sys.argv[1]).read_bytes())
+    take_whole_masks()
+    runs = json.loads(Path(sys.argv[1]).read_text())
     answered: list[dict[str, Any]] = []
     for each in runs:
         if each.get("triton"):
             use_triton_attention()
         answered.append(run(each))
-    Path(sys.argv[2]).write_bytes(pickle.dumps(answered))
+    Path(sys.argv[2]).write_text(json.dumps(answered))
