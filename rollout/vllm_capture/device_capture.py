@@ -164,6 +164,7 @@ class DeviceCapture:
     def place_none(self, requests: int) -> None:
         """A step of `requests` requests that are none is about to run, or to be recorded."""
         self._placed.rows.context.zero_()
+        self._placed.query.zero_()  # it may have fewer tokens than the step before
         self._count, self._width = requests * self._placed.per_request, self._sets.shape[2]
         self._dense = []
 

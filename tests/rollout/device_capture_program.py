@@ -1,10 +1,9 @@
 """Steps by hand through `DeviceCapture`, in Triton's interpreter: what a model runner would do to two requests that are
-captured and one that is not. Run with TRITON_INTERPRET=1; "replayed" as argument: the launches of the layers are
-recorded once, over no rows, and every step runs what was recorded, as a CUDA graph does. Prints one JSON object.
+captured and one that is not. Run with TRITON_INTERPRET=1. Prints a list of two, as JSON: of steps whose layers run, and of
+steps for which the layers' launches were recorded once, over no rows, and run again each time, as a CUDA graph does.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +59,13 @@ class Runner:
         self.slots[id] = slot
         self.held[slot] = held
         self.capture.enter(id, slot, PROMPTS[id], 8, wish(id))
+
+    def idle(self) -> None:
+        """A step of one token that belongs to nobody, as other ranks may need it."""
+        self.capture.place_none(1)
+        for layer, shape in enumerate(SHAPES):
+            self.capture.attend_layer(shape.name, self.batch[layer, :1], self.caches[layer][..., :DEPTH])
+        self.capture.keep_dense()
 
     def step(
         self, scheduled: list[tuple[str, int, int]], *, rejected: tuple[str, ...] = (), anew: bool = False
@@ -140,14 +146,15 @@ def expected(runner: Runner, id: str, tokens: int) -> tuple[Tensor, Tensor]:
     return torch.stack([reference_statistics(row, content, salient) for row in rows]), torch.stack(rows)
 
 
-def main() -> None:
+def outcome(*, replayed: bool) -> dict[str, Any]:
     runner = Runner()
-    if sys.argv[1:] == ["replayed"]:
+    if replayed:
         runner.run = recorded(runner)
     runner.enter("a", 2, PROMPTS["a"])
     runner.enter("b", 0, PROMPTS["b"])
     runner.step([("b", 0, 5), ("a", 0, 16)])
     runner.held[0] = 6
+    runner.idle()
     runner.step([("b", 5, 7), ("a", 16, 20)], rejected=("b",))
     runner.held[0], runner.held[2] = 7, 21
     runner.step([("b", 6, 8), ("a", 20, 21)])
@@ -176,19 +183,14 @@ def main() -> None:
             runner.capture.pop(keys, tokens)
         except KeyError as error:
             refused.append(str(error))
-    print(
-        json.dumps(
-            {
-                "errors": errors,
-                "dense": sorted(id for id, found in fetched.items() if found.dense is not None),
-                "bits": [found.statistics.tobytes().hex() for found in fetched.values()],
-                "preempted": runner.capture.preempted,
-                "refused": refused,
-                "bytes": runner.capture.nbytes,
-            }
-        )
-    )
+    return {
+        "errors": errors,
+        "dense": sorted(id for id, found in fetched.items() if found.dense is not None),
+        "bits": [found.statistics.tobytes().hex() for found in fetched.values()],
+        "preempted": runner.capture.preempted,
+        "refused": refused,
+    }
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps([outcome(replayed=replayed) for replayed in (False, True)]))

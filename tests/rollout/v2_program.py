@@ -3,9 +3,10 @@
     python tests/rollout/v2_program.py ASKED ANSWERED
 
 Both are JSON. ASKED is a list of runs, each in a vLLM of its own: {"llm": its arguments, "section": the attention
-section, "triton": whether Triton's attention replaces the CPU's, "calls": lists of (prompt ids, sampling parameters)}.
+section, "triton": whether Triton's attention replaces the CPU's, "calls": lists of (prompt ids, sampling parameters), "again":
+whether to generate them once more when the capture is stopped}.
 ANSWERED becomes a list of a mapping for each run: "started", "answers" (for each request its tokens, their log-probabilities, statistics
-[T, 4] and dense rows [T, P], or None where they are not kept), "report" and "runner".
+[T, 4] and dense rows [T, P], or None where they are not kept), "without", "report" and "runner".
 """
 
 import gc
@@ -64,12 +65,15 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
         }
     )
     runner = _worker(llm).model_runner
-    started = None if asked["section"] is None else llm.collective_rpc("attune_capture_start", args=(asked["section"],))
+    (started,) = llm.collective_rpc("attune_capture_start", args=(asked["section"],))
     answers = [_answers(llm, call) for call in asked["calls"]]
-    report = None if started is None else llm.collective_rpc("attune_capture_report")[0]
+    report = llm.collective_rpc("attune_capture_report")[0]
+    llm.collective_rpc("attune_capture_stop")
+    llm.reset_prefix_cache()
     answer = {
-        "started": started and started[0],
+        "started": started,
         "answers": answers,
+        "without": [_answers(llm, call) for call in asked["calls"]] if asked.get("again") else None,
         "report": report,
         "runner": type(runner).__mro__[1].__module__,
     }
