@@ -1,10 +1,13 @@
-"""Steps by hand through `DeviceCapture`, in Triton's interpreter: what a model runner would do to two requests that are
-captured and one that is not. Run with TRITON_INTERPRET=1. Prints a list of two, as JSON: of steps whose layers run, and of
-steps for which the layers' launches were recorded once, over no rows, and run again each time, as a CUDA graph does.
+"""Steps by hand through `DeviceCapture`, in Triton's interpreter: what a model runner would do to two requests that
+are captured and one that is not. Run with TRITON_INTERPRET=1. Prints what came of three runs, as JSON.
+
+"by hand": the layers run. "replayed": their launches were recorded once, over no rows, and run again each time, as a
+CUDA graph does. "ranks": each of two ranks has half of the heads.
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,21 +28,27 @@ PROMPTS = {"a": 20, "b": 5, "c": 9}
 
 
 class Runner:
-    """Queries and keys of every request at every position, a paged cache, and the tensors of a batch."""
+    """Queries and keys of every request at every position, a paged cache, and the tensors of a batch; a rank's `groups`
+    are its key heads."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: slice = slice(0, 2), reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         random = torch.Generator().manual_seed(4)
         self.queries = {id: torch.randn(2, LONGEST, 4, DEPTH, generator=random) for id in PROMPTS}
         self.keys = {id: torch.randn(2, LONGEST, 2, DEPTH, generator=random) for id in PROMPTS}
         self.drafted = torch.randn(2, 4, DEPTH, generator=random)
         each = LONGEST // BLOCK
+        self.groups, self.heads = groups, slice(2 * groups.start, 2 * groups.stop)
+        count = groups.stop - groups.start
         # Keys and values side by side, a block's tokens before its heads.
-        self.caches = torch.full((2, SLOTS * each, BLOCK, 2, 2 * DEPTH), torch.nan).transpose(2, 3)
+        self.caches = torch.full((2, SLOTS * each, BLOCK, count, 2 * DEPTH), torch.nan).transpose(2, 3)
         self.table = torch.randperm(SLOTS * each, generator=random).view(SLOTS, each).to(torch.int32)
         self.held = torch.zeros(SLOTS, dtype=torch.int32)
-        self.batch = torch.zeros((2, TOKENS, 4, DEPTH))
+        self.batch = torch.zeros((2, TOKENS, 2 * count, DEPTH))
         self.capture = DeviceCapture(
-            SHAPES,
+            [
+                replace(shape, query_heads=2 * count, key_heads=count, weights=shape.weights[self.heads])
+                for shape in SHAPES
+            ],
             [self.table, self.table],
             total=TOTAL,
             dtype=torch.float32,
@@ -47,6 +56,7 @@ class Runner:
             drafts=1,
             longest=LONGEST,
             device=torch.device("cpu"),
+            reduce=reduce,
         )
         self.slots: dict[str, int] = {}
         self.run: Callable[[], None] = self.layers
@@ -81,11 +91,11 @@ class Runner:
             if id in rejected:
                 queries[:, -1] = self.drafted
                 keys[:, -1] += 1.0
-            self.batch[:, token : token + end - start] = queries
+            self.batch[:, token : token + end - start] = queries[:, :, self.heads]
             positions = torch.arange(start, end)
             blocks = self.table[self.slots[id]][positions // BLOCK].long()
             for layer in range(2):
-                self.caches[layer][blocks, :, positions % BLOCK, :DEPTH] = keys[layer]
+                self.caches[layer][blocks, :, positions % BLOCK, :DEPTH] = keys[layer][:, self.groups]
             token += end - start
             starts.append(token)
             lengths.append(end)
@@ -146,10 +156,25 @@ def expected(runner: Runner, id: str, tokens: int) -> tuple[Tensor, Tensor]:
     return torch.stack([reference_statistics(row, content, salient) for row in rows]), torch.stack(rows)
 
 
-def outcome(*, replayed: bool) -> dict[str, Any]:
-    runner = Runner()
-    if replayed:
-        runner.run = recorded(runner)
+def of_two_ranks() -> dict[str, Any]:
+    """The second rank runs through first; the first one then adds what the other had at each of its sums."""
+    kept: list[Tensor] = []
+
+    def keep(sums: Tensor) -> Tensor:
+        kept.append(sums.clone())
+        return sums
+
+    outcome(Runner(slice(1, 2), keep))
+    others = iter(kept)
+    return outcome(Runner(slice(0, 1), lambda sums: sums + next(others)))
+
+
+def replayed(runner: Runner) -> Runner:
+    runner.run = recorded(runner)
+    return runner
+
+
+def outcome(runner: Runner) -> dict[str, Any]:
     runner.enter("a", 2, PROMPTS["a"])
     runner.enter("b", 0, PROMPTS["b"])
     runner.step([("b", 0, 5), ("a", 0, 16)])
@@ -193,4 +218,4 @@ def outcome(*, replayed: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([outcome(replayed=replayed) for replayed in (False, True)]))
+    print(json.dumps({"by hand": outcome(Runner()), "replayed": outcome(replayed(Runner())), "ranks": of_two_ranks()}))

@@ -109,6 +109,22 @@ def assert_is_recomputed(policy: PolicySection, layers: int, call: Any, answers:
             np.testing.assert_allclose(dense, rows.dense, atol=1e-5, rtol=0)
 
 
+def test_statistics_are_those_of_the_tokens(policy: PolicySection, tmp_path: Path) -> None:
+    """A prompt in two chunks beside a short one; the last layer."""
+    llm = {
+        "model": policy.model,
+        "max_model_len": 64,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 48,
+        "kv_cache_memory_bytes": 2**19,
+    }
+    calls = [[request(3, 0, max_tokens=3), request(50, 0, dense=True, max_tokens=3)]]
+    (found,) = answers_of(tmp_path, [{"llm": llm, "section": {}, "calls": calls}])
+    assert found["started"] == {"layers": [1]}
+    assert_is_recomputed(policy, 1, calls[0], found["answers"][0])
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_chunks_prefixes_and_preemption_change_nothing(policy: PolicySection, tmp_path: Path) -> None:
     """Prefill in chunks of 48, two samples of one prompt, a cache of 7 blocks in which the requests grow to 8; then the

@@ -3,10 +3,10 @@
     python tests/rollout/v2_program.py ASKED ANSWERED
 
 Both are JSON. ASKED is a list of runs, each in a vLLM of its own: {"llm": its arguments, "section": the attention
-section, "triton": whether Triton's attention replaces the CPU's, "calls": lists of (prompt ids, sampling parameters), "again":
-whether to generate them once more when the capture is stopped}.
-ANSWERED becomes a list of a mapping for each run: "started", "answers" (for each request its tokens, their log-probabilities, statistics
-[T, 4] and dense rows [T, P], or None where they are not kept), "without", "report" and "runner".
+section, "triton": whether Triton's attention replaces the CPU's, "calls": lists of (prompt ids, sampling parameters),
+"again": whether to generate them once more when the capture is stopped}. ANSWERED becomes a list of a mapping for each
+run: "started", "answers" (for each request its tokens, their log-probabilities, statistics [T, 4] and dense rows
+[T, P], or None where they are not kept), "without" (the same, stopped), "report" and "runner".
 """
 
 import gc
