@@ -128,7 +128,7 @@ def test_statistics_are_those_of_the_tokens(policy: PolicySection, tmp_path: Pat
 @pytest.mark.timeout(600)
 def test_chunks_prefixes_and_preemption_change_nothing(policy: PolicySection, tmp_path: Path) -> None:
     """Prefill in chunks of 48, two samples of one prompt, a cache of 7 blocks in which the requests grow to 8; then the
-    prefix cache. Two layers; and once more when the capture is stopped."""
+    prefix cache. Two layers; once more when the capture is stopped, and with steps that are scheduled ahead."""
     calls = [
         [request(58, 0, dense=True, max_tokens=10), request(58, 1, max_tokens=10), request(57, 0, max_tokens=10)],
         [request(58, 2, max_tokens=3), request(1, 0, dense=True, max_tokens=4)],
@@ -141,11 +141,13 @@ def test_chunks_prefixes_and_preemption_change_nothing(policy: PolicySection, tm
         "kv_cache_memory_bytes": 2**19,
     }
     run = {"llm": llm, "section": {"last_layers": 2}, "calls": calls, "again": True}
-    (found,) = answers_of(tmp_path, [run])
+    found, ahead = answers_of(tmp_path, [run, {**run, "ahead": True, "again": False}])
+    assert (found["scheduler"], ahead["scheduler"]) == ("Scheduler", "AsyncScheduler")
     assert found["started"] == {"layers": [0, 1]}
-    for call, answers in zip(calls, found["answers"], strict=True):
-        assert_is_recomputed(policy, 2, call, answers)
-    assert found["report"]["preempted"] > 0
+    for each in (found, ahead):
+        for call, answers in zip(calls, each["answers"], strict=True):
+            assert_is_recomputed(policy, 2, call, answers)
+        assert each["report"]["preempted"] > 0
     tokens_and_logprobs = [
         [[answer[:2] for answer in answers] for answers in each] for each in (found["answers"], found["without"])
     ]

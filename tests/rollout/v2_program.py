@@ -4,7 +4,8 @@
 
 Both are JSON. ASKED is a list of runs, each in a vLLM of its own: {"llm": its arguments, "section": the attention
 section, "triton": whether Triton's attention replaces the CPU's, "calls": lists of (prompt ids, sampling parameters),
-"again": whether to generate them once more when the capture is stopped}. ANSWERED becomes a list of a mapping for each
+"ahead": whether steps are scheduled
+ahead, "again": whether to generate them once more when the capture is stopped}. ANSWERED becomes a list of a mapping for each
 run: "started", "answers" (for each request its tokens, their log-probabilities, statistics [T, 4] and dense rows
 [T, P], or None where they are not kept), "without" (the same, stopped), "report" and "runner".
 """
@@ -33,6 +34,20 @@ from triton.backends import backends  # reads the environment
 
 # vLLM takes Triton on a CPU for usable where it has a CPU backend; the interpreter needs none.
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))  # pyright: ignore[reportArgumentType]
+
+
+def schedule_ahead() -> None:
+    """The next step is scheduled before the last one's tokens are known, as on a GPU: vLLM's CPU platform forbids it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    platform: Any = CpuPlatform
+    check = platform.check_and_update_config
+
+    def kept(config: Any) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    platform.check_and_update_config = staticmethod(kept)
 
 
 def take_whole_masks() -> None:
@@ -76,6 +91,7 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
         "without": [_answers(llm, call) for call in asked["calls"]] if asked.get("again") else None,
         "report": report,
         "runner": type(runner).__mro__[1].__module__,
+        "scheduler": type(llm.llm_engine.engine_core.engine_core.scheduler).__name__,
     }
     del llm, runner
     cleanup_dist_env_and_memory()
@@ -129,5 +145,7 @@ if __name__ == "__main__":
     for each in runs:
         if each.get("triton"):
             use_triton_attention()
+        if each.get("ahead"):
+            schedule_ahead()
         answered.append(run(each))
     Path(sys.argv[2]).write_text(json.dumps(answered))
