@@ -20,11 +20,11 @@ def test_keys_that_cannot_be_read_are_refused() -> None:
     whole = torch.zeros(3, 2, 16, 128)
     for backend in ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN"):
         refuse_device_layer(5, layer(backend, whole), 16, torch.float32)
-    with pytest.raises(UserError, match="layer 5 has its keys in the order of TREE_ATTN.*FLASH_ATTN"):
+    with pytest.raises(UserError, match=r"layer 5 has its keys in the order of TREE_ATTN.*FLASH_ATTN"):
         refuse_device_layer(5, layer("TREE_ATTN", whole), 16, torch.float32)
     with pytest.raises(UserError, match=r"layer 5 has a KV cache of \[2, 16, 128\].*\[2, 32, 128\].*block_size"):
         refuse_device_layer(5, layer("FLASH_ATTN", whole), 32, torch.float32)
-    with pytest.raises(UserError, match="float32, where .* in torch.bfloat16"):
+    with pytest.raises(UserError, match=r"float32, where .* in torch\.bfloat16"):
         refuse_device_layer(5, layer("FLASH_ATTN", whole), 16, torch.bfloat16)
 
 

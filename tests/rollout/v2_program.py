@@ -3,11 +3,11 @@
     python tests/rollout/v2_program.py ASKED ANSWERED
 
 Both are JSON. ASKED is a list of runs, each in a vLLM of its own: {"llm": its arguments, "section": the attention
-section, "triton": whether Triton's attention replaces the CPU's, "calls": lists of (prompt ids, sampling parameters),
-"ahead": whether steps are scheduled
-ahead, "again": whether to generate them once more when the capture is stopped}. ANSWERED becomes a list of a mapping for each
-run: "started", "answers" (for each request its tokens, their log-probabilities, statistics [T, 4] and dense rows
-[T, P], or None where they are not kept), "without" (the same, stopped), "report" and "runner".
+section, "triton": whether Triton's attention replaces the CPU's, "ahead": whether steps are scheduled ahead, "calls":
+lists of (prompt ids, sampling parameters), "again": whether to generate them once more when the capture is stopped};
+what a run switches on stays on for those after it. ANSWERED becomes a list of a mapping for each run: "started",
+"answers" (for each request its tokens, their log-probabilities, statistics [T, 4] and dense rows [T, P], or None where
+they are not kept), "without" (the same, stopped), "report", "runner" and "scheduler".
 """
 
 import gc
@@ -37,7 +37,7 @@ backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False
 
 
 def schedule_ahead() -> None:
-    """The next step is scheduled before the last one's tokens are known, as on a GPU: vLLM's CPU platform forbids it."""
+    """A step is scheduled before the last one's tokens are known, as on a GPU: vLLM's CPU platform forbids it."""
     from vllm.platforms.cpu import CpuPlatform
 
     platform: Any = CpuPlatform
