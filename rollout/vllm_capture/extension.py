@@ -9,17 +9,26 @@ Its methods are called by `collective_rpc`, take and return plain values, and ru
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from rollout.vllm_capture.buffers import LayerShape
-from rollout.vllm_capture.capture import Capture
+from rollout.vllm_capture.capture import Capture, KeptSet
 from rollout.vllm_capture.refusals import refuse_configuration, refuse_layer, refuse_version
-from rollout.vllm_capture.runner_v1 import observe_layers, observe_steps
+from rollout.vllm_capture.runner_v1 import observe_draws, observe_layers, observe_steps
 from rollout.vllm_capture.seeded_cpu import keep_discarded_generators
 from rollout.vllm_weights import reload_weights
 from services.attention.config import CaptureSection, resolve_capture
 from services.errors import UserError
 from services.weights import Corrupt, read_manifest, read_published
+
+
+def _packed(kept: Sequence[KeptSet]) -> dict[str, bytes]:
+    return {
+        "ids": b"".join(each.ids.tobytes() for each in kept),
+        "sizes": np.array([len(each.ids) for each in kept], dtype=np.int32).tobytes(),
+        "log_mass": np.array([each.log_mass for each in kept], dtype=np.float32).tobytes(),
+    }
 
 
 class CaptureExtension:
@@ -52,11 +61,13 @@ class CaptureExtension:
         del self._attune_capture
 
     def attune_capture_pop(self, keys: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
-        """Statistics of many finished requests: float32 bytes of [T, 4], and of dense rows [T, P] or None."""
+        """Statistics of many finished requests: float32 bytes of [T, 4], of dense rows [T, P] or None; `kept` (or None)
+        as {"ids": int32 bytes of all sets in a row, "sizes": int32 bytes [T], "log_mass": float32 bytes [T]}."""
         return [
             {
                 "statistics": fetched.statistics.tobytes(),
                 "dense": None if fetched.dense is None else fetched.dense.tobytes(),
+                "kept": None if fetched.kept is None else _packed(fetched.kept),
             }
             for fetched in self._attune_capture.pop(keys, tokens)
         ]
@@ -137,8 +148,14 @@ class CaptureExtension:
         self._attune_undo = [
             observe_steps(runner, self._attune_capture),
             observe_layers([found[number] for number in captured.layers], self._attune_capture),
+            observe_draws(runner, self._attune_capture),
         ]
         key_bytes = (
             sum(s.key_heads * s.width for s in shapes) * torch.empty(0, dtype=config.model_config.dtype).itemsize
         )
-        return {"layers": list(captured.layers), "bytes_a_key": 2 * key_bytes, "bytes_a_token": 16}
+        return {
+            "layers": list(captured.layers),
+            "bytes_a_key": 2 * key_bytes,
+            "bytes_a_token": 16,
+            "kept_sets": True,
+        }
