@@ -252,7 +252,9 @@ class Capture:
         if len(rows) < tokens:
             raise RuntimeError(f"{len(rows)} rows were captured of the {tokens} tokens of {key!r}")
         dense = torch.stack([held.dense[t] for t in range(tokens)]).numpy() if held.wish.dense and tokens else None
-        kept = tuple(held.kept[t] for t in range(tokens)) if held.wish.kept_sets else None
+        kept = tuple(held.kept[t] for t in range(tokens) if t in held.kept) if held.wish.kept_sets else None
+        if kept is not None and len(kept) < tokens:
+            raise RuntimeError(f"{len(kept)} kept sets were recorded of the {tokens} tokens of {key!r}")
         return Fetched(rows[:tokens].numpy().copy(), dense, kept)
 
     def _rows(self, held: _Held) -> Tensor:

@@ -157,5 +157,5 @@ class CaptureExtension:
             "layers": list(captured.layers),
             "bytes_a_key": 2 * key_bytes,
             "bytes_a_token": 16,
-            "kept_sets": True,
+            "kept_sets": config.speculative_config is None,  # drafts are drawn by another sampler
         }

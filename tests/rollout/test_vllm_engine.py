@@ -67,6 +67,9 @@ class EngineHost:
     async def load(self, manifest: str) -> PolicyVersion:
         return await self.engine.load_weights(manifest)
 
+    async def close(self) -> None:
+        await self.engine.close()
+
     async def generate_while_loading(
         self, requests: Sequence[GenerationRequest], manifest: str, after_s: float
     ) -> list[list[Completion]]:
@@ -90,7 +93,7 @@ class Host:
 
     def call(self, method: str, *arguments: Any) -> Any:
         try:
-            return self._ray.get(getattr(self._actor, method).remote(*arguments), timeout=120)
+            return self._ray.get(getattr(self._actor, method).remote(*arguments), timeout=300)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
 
@@ -298,6 +301,22 @@ def changed_policy(policy: PolicySection, manifest: str, directory: Path) -> Pol
     return PolicySection(model=str(out))
 
 
+@pytest.mark.slow
+def test_two_ranks_share_the_heads(ray_session: str, policy: PolicySection, tmp_path: Path) -> None:
+    """Tensor parallelism, and with it vLLM in processes of its own: rows are summed over the ranks' heads."""
+    del ray_session
+    section = RolloutSection(engine="vllm", max_batch_rows=32, vllm=VllmSection(tensor_parallel=2))
+    host = Host(policy, CaptureSection(last_layers=3), section)
+    try:
+        assert_is_recomputed(policy, 3, REQUESTS, host.call("generate", REQUESTS))
+        manifest = published(policy, tmp_path, 4, lambda tensor: tensor * 1.02)
+        assert host.call("load", manifest) == PolicyVersion(1, 4)
+        assert_is_recomputed(changed_policy(policy, manifest, tmp_path), 3, REQUESTS, host.call("generate", REQUESTS))
+    finally:
+        host.call("close")
+        host.kill()
+
+
 class OwnVllm:
     """A vLLM of the user's own, by the code that docs/attention-capture.md shows."""
 
@@ -325,6 +344,75 @@ class OwnVllm:
             ]
             for run in (without, with_capture)
         ]
+
+
+class SpeculativeVllm:
+    """A vLLM that drafts three tokens by looking the last ones up in the text so far."""
+
+    def run(self, model: str, prompts: list[list[int]]) -> tuple[list[Any], dict[str, int]]:
+        import os
+
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM, SamplingParams
+
+        from rollout.vllm_capture.request import extra_args
+
+        llm = LLM(
+            model,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            enforce_eager=True,
+            block_size=32,
+            kv_cache_memory_bytes=64 * 2**20,
+            disable_log_stats=False,
+            speculative_config={
+                "method": "ngram",
+                "num_speculative_tokens": 3,
+                "prompt_lookup_min": 1,
+                "prompt_lookup_max": 2,
+            },
+            worker_extension_cls="rollout.vllm_capture.extension.CaptureExtension",
+        )
+        llm.collective_rpc("attune_capture_start", args=({"last_layers": 3},))
+        keys = [str(i) for i in range(len(prompts))]
+        asked = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=60,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=extra_args(key, range(len(ids)), [0], [1.0]),
+            )
+            for key, ids in zip(keys, prompts, strict=True)
+        ]
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        fetched = llm.collective_rpc("attune_capture_pop", args=(keys, [len(ids) for ids in tokens]))[0]
+        counters = {metric.name: int(metric.value) for metric in llm.get_metrics() if hasattr(metric, "value")}
+        return [
+            (ids, np.frombuffer(each["statistics"], np.float32).reshape(-1, 4))
+            for ids, each in zip(tokens, fetched, strict=True)
+        ], counters
+
+
+@pytest.mark.slow
+def test_rejected_drafts_leave_no_trace(ray_session: str, policy: PolicySection) -> None:
+    import ray
+
+    del ray_session
+    prompts = [list(prompt(length, length).prompt_ids) for length in (7, 40, 120)]
+    host: Any = ray.remote(SpeculativeVllm)
+    actor = host.options(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}).remote()
+    library: Any = ray
+    statistics, counters = library.get(actor.run.remote(policy.model, prompts), timeout=300)
+    drafted = counters["vllm:spec_decode_num_draft_tokens"]
+    assert 0 < counters["vllm:spec_decode_num_accepted_tokens"] < drafted
+    oracle = TransformersEngine(policy, CaptureSection(last_layers=3))
+    for ids, (tokens, rows) in zip(prompts, statistics, strict=True):
+        keys = KeySets(tuple(range(len(ids))), (0,), (1.0,))
+        expected = asyncio.run(oracle.recompute(ids, tokens, keys, temperature=1.0)).attention
+        assert_same(AttentionRows(*rows.T), expected)
+    library.kill(actor)
 
 
 @pytest.mark.slow
