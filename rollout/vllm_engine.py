@@ -54,6 +54,7 @@ class VllmEngine:
         self._section = rollout
         self._version = PolicyVersion(0, 0)
         self._torn: str | None = "the engine was not started"
+        self._says_kept_sets = False
         self._numbers = itertools.count()
         self._llm: Any = None
 
@@ -69,6 +70,7 @@ class VllmEngine:
             await self.close()
             raise UserError(f"policy.model {self._policy.model}: {started['refused']}")
         self.layers = tuple(started["layers"])
+        self._says_kept_sets = bool(started["kept_sets"])
         self._torn = None
         await self._llm.update_weight_version(_label(self._version))
 
@@ -76,15 +78,16 @@ class VllmEngine:
         """Completions of each request, in order.
 
         Raises RequestRefused for a request that cannot be: an empty prompt, positions outside it, sampling out of
-        bounds or truncated, or more tokens than the model has positions for.
+        bounds, or truncated where vLLM does not say what it kept (model runner V2), more tokens than the model has
+        positions for.
         """
         self._ready()
         for request in requests:
             check_sampling(request.sampling)
-            if truncates(request.sampling):
+            if truncates(request.sampling) and not self._says_kept_sets:
                 raise RequestRefused(
-                    f"top_p {request.sampling.top_p} and top_k {request.sampling.top_k} truncate, and vLLM does not "
-                    "say which tokens it kept; the transformers engine does"
+                    f"top_p {request.sampling.top_p} and top_k {request.sampling.top_k} truncate, and this vLLM does "
+                    "not say which tokens it kept; the transformers engine does"
                 )
             check_fits(self.family, self.max_context, request.prompt_ids, request.sampling.max_tokens)
             check_keys(request.keys, len(request.prompt_ids))
@@ -138,6 +141,8 @@ class VllmEngine:
         parameters = SamplingParams(
             n=1,
             temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
             max_tokens=sampling.max_tokens,
             seed=_seed(request.seed, k),
             logprobs=0,
@@ -152,6 +157,7 @@ class VllmEngine:
                 request.keys.salient,
                 request.keys.salient_weights,
                 dense=k < request.keep_maps,
+                kept_sets=truncates(sampling),
             ),
         )
         last: Any = None
@@ -170,14 +176,16 @@ class VllmEngine:
         if fetched["dense"] is not None:
             dense = np.frombuffer(fetched["dense"], dtype=np.float32).reshape(-1, prompt)
         reason: FinishReason = "stop" if output.finish_reason == "stop" else "length"
+        drawn = np.array(
+            [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)], dtype=np.float32
+        )
+        kept, log_mass = _unpacked(fetched["kept"]) if fetched["kept"] is not None else (None, 0.0)
         return Completion(
             response_ids=ids,
             finish_reason=reason,
-            logprobs=np.array(
-                [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)], dtype=np.float32
-            ),
-            sampling_logprobs=None,
-            kept_ids=None,
+            logprobs=(drawn + log_mass).astype(np.float32),
+            sampling_logprobs=None if kept is None else drawn,
+            kept_ids=kept,
             attention=AttentionRows(*np.ascontiguousarray(statistics.T), dense=dense),
             versions=tuple((*_unlabel(span.version), span.end - span.start) for span in output.weight_versions or ()),
         )
@@ -202,6 +210,14 @@ _ERRORS: dict[str, type[Exception]] = {
     "FileNotFoundError": FileNotFoundError,
     "ValueError": ValueError,
 }
+
+
+def _unpacked(kept: dict[str, bytes]) -> tuple[tuple[tuple[int, ...], ...], NDArray[np.float32]]:
+    """The ids that each step kept, and the logarithm of their mass under the whole distribution."""
+    ids = np.frombuffer(kept["ids"], dtype=np.int32)
+    ends = np.frombuffer(kept["sizes"], dtype=np.int32).cumsum()
+    sets = tuple(tuple(part.tolist()) for part in np.split(ids, ends[:-1]))
+    return sets, np.frombuffer(kept["log_mass"], dtype=np.float32)
 
 
 def _label(version: PolicyVersion) -> str:

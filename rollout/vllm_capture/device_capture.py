@@ -211,7 +211,9 @@ class DeviceCapture:
             None if held.dense is None or not count else held.dense[:count].cpu().numpy()
             for held, count in zip(found, tokens, strict=True)
         ]
-        return [Fetched(each.numpy().copy(), maps) for each, maps in zip(rows.split(list(tokens)), dense, strict=True)]
+        return [
+            Fetched(each.numpy().copy(), maps, None) for each, maps in zip(rows.split(list(tokens)), dense, strict=True)
+        ]
 
     def _take(self, key: str, tokens: int) -> _Held:
         held = self._by_key.pop(key, None)

@@ -9,8 +9,10 @@ Its methods are called by `collective_rpc`, take and return plain values, and ru
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rollout.vllm_capture.buffers import LayerShape
-from rollout.vllm_capture.capture import Capture
+from rollout.vllm_capture.capture import Capture, KeptSet
 from rollout.vllm_capture.refusals import refuse_configuration, refuse_layer, refuse_version
 from rollout.vllm_capture.runner_v1 import start_v1
 from rollout.vllm_weights import reload_weights
@@ -20,6 +22,14 @@ from services.weights import Corrupt, read_manifest, read_published
 
 if TYPE_CHECKING:
     from rollout.vllm_capture.device_capture import DeviceCapture
+
+
+def _packed(kept: Sequence[KeptSet]) -> dict[str, bytes]:
+    return {
+        "ids": b"".join(each.ids.tobytes() for each in kept),
+        "sizes": np.array([len(each.ids) for each in kept], dtype=np.int32).tobytes(),
+        "log_mass": np.array([each.log_mass for each in kept], dtype=np.float32).tobytes(),
+    }
 
 
 class CaptureExtension:
@@ -34,8 +44,8 @@ class CaptureExtension:
     def attune_capture_start(self, section: dict[str, Any] | None = None) -> dict[str, Any]:
         """Starts capturing; `section` is an `attention` section, by default the last layer's heads.
 
-        Returns what is captured, {"layers": [...]}, or {"refused": why}, which no worker raises, because
-        an error in a worker ends the engine.
+        Returns {"layers": what is captured, "kept_sets": whether top-k's and top-p's can be had}, or {"refused": why},
+        which no worker raises, because an error in a worker ends the engine.
         """
         if hasattr(self, "_attune_capture"):
             return {"refused": "attention is being captured already: call attune_capture_stop first"}
@@ -50,11 +60,13 @@ class CaptureExtension:
         del self._attune_undo, self._attune_capture
 
     def attune_capture_pop(self, keys: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
-        """Statistics of many finished requests: float32 bytes of [T, 4], and of dense rows [T, P] or None."""
+        """Statistics of many finished requests: float32 bytes of [T, 4], of dense rows [T, P] or None; `kept` (or None)
+        as {"ids": int32 bytes of all sets in a row, "sizes": int32 bytes [T], "log_mass": float32 bytes [T]}."""
         return [
             {
                 "statistics": fetched.statistics.tobytes(),
                 "dense": None if fetched.dense is None else fetched.dense.tobytes(),
+                "kept": None if fetched.kept is None else _packed(fetched.kept),
             }
             for fetched in self._attune_capture.pop(keys, tokens)
         ]
@@ -128,4 +140,6 @@ class CaptureExtension:
         else:
             start = start_v1
         self._attune_capture, self._attune_undo = start(self, layers, shapes, captured.total, reduce)
-        return {"layers": list(captured.layers)}
+        # V2 draws on the device, and where drafts are verified another sampler does.
+        says = not config.use_v2_model_runner and config.speculative_config is None
+        return {"layers": list(captured.layers), "kept_sets": says}

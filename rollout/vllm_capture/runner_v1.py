@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rollout.vllm_capture.buffers import LayerShape
@@ -46,7 +47,11 @@ def start_v1(
     if runner.device.type == "cpu" and not hasattr(worker, "_attune_seeded"):
         keep_discarded_generators(runner)
         worker._attune_seeded = True
-    undo = (observe_steps(runner, capture), observe_layers(list(layers.values()), capture))
+    undo = (
+        observe_steps(runner, capture),
+        observe_layers(list(layers.values()), capture),
+        observe_draws(runner, capture),
+    )
 
     def take_off() -> None:
         for each in undo:
@@ -70,6 +75,30 @@ def observe_steps(runner: Any, capture: Capture) -> Callable[[], None]:
 
     runner._update_states = observed
     return lambda: delattr(runner, "_update_states")
+
+
+def observe_draws(runner: Any, capture: Capture) -> Callable[[], None]:
+    """Gives the capture what top-k and top-p leave of each step's distribution, where a request asks for it.
+
+    The sampler must return processed log-probabilities: those that are finite say which tokens it kept.
+    """
+    sampler = runner.sampler.topk_topp_sampler
+    forward = sampler.forward
+
+    def observed(logits: Any, generators: Any, k: Any, p: Any) -> Any:
+        if not capture.draws_truncated:
+            return forward(logits, generators, k, p)
+        whole = torch.logsumexp(logits.float(), dim=-1)
+        tokens, logprobs = forward(logits, generators, k, p)
+        if logprobs is not None:
+            drawn = tokens.long().unsqueeze(-1)
+            # A token that was drawn was kept, so its logit stands as it was, masked in place or not.
+            log_mass = (logits.gather(-1, drawn).float() - logprobs.gather(-1, drawn)).squeeze(-1) - whole
+            capture.keep_sets(torch.isfinite(logprobs), log_mass)
+        return tokens, logprobs
+
+    sampler.forward = observed
+    return lambda: setattr(sampler, "forward", forward)
 
 
 def observe_layers(layers: Sequence[Any], capture: Capture) -> Callable[[], None]:

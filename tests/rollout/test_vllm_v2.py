@@ -120,7 +120,7 @@ def test_statistics_are_those_of_the_tokens(policy: PolicySection, tmp_path: Pat
     }
     calls = [[request(3, 0, max_tokens=3), request(50, 0, dense=True, max_tokens=3)]]
     (found,) = answers_of(tmp_path, [{"llm": llm, "section": {}, "calls": calls}])
-    assert found["started"] == {"layers": [1]}
+    assert found["started"] == {"layers": [1], "kept_sets": False}
     assert_is_recomputed(policy, 1, calls[0], found["answers"][0])
 
 
@@ -143,7 +143,7 @@ def test_chunks_prefixes_and_preemption_change_nothing(policy: PolicySection, tm
     run = {"llm": llm, "section": {"last_layers": 2}, "calls": calls, "again": True}
     found, ahead = answers_of(tmp_path, [run, {**run, "ahead": True, "again": False}])
     assert (found["scheduler"], ahead["scheduler"]) == ("Scheduler", "AsyncScheduler")
-    assert found["started"] == {"layers": [0, 1]}
+    assert found["started"] == {"layers": [0, 1], "kept_sets": False}
     for each in (found, ahead):
         for call, answers in zip(calls, each["answers"], strict=True):
             assert_is_recomputed(policy, 2, call, answers)
