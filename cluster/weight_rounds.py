@@ -16,7 +16,7 @@ from typing import Any
 from cluster.config import Config
 from cluster.learners import LearnerGroup
 from cluster.run_dir import RunDir
-from cluster.supervise import PartFailed, Supervisor
+from cluster.supervise import PartFailed, Running, Supervisor
 from services.records import PolicyVersion
 from services.stream.ledger import Ledger
 from services.transfer.offer import Offer, Report, owner_of, read_offer, receiver_of, version_text
@@ -109,10 +109,11 @@ class WeightRounds:
         self._supervisor.check()
         return [part.name for part in self._supervisor.rollouts if part.name not in self._holding and self._is_up(part)]
 
-    def _is_up(self, part: Any) -> bool:
+    def _is_up(self, part: Running) -> bool:
         """Whether an actor has built its engine: one that is building it would keep the others waiting."""
-        reference = self._ready.setdefault(part.name, part.handle.ready.remote())
-        done, _ = self._supervisor.ray.wait([reference], timeout=0)
+        if part.name not in self._ready:
+            self._ready[part.name] = part.handle.ready.remote()
+        done, _ = self._supervisor.ray.wait([self._ready[part.name]], timeout=0)
         return bool(done)
 
     def _offer(self, receivers: Sequence[str]) -> Offer:

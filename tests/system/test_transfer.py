@@ -67,10 +67,10 @@ class Rank(LearnerWorker):
 
         return sum(_partitioned(parameter) for parameter in self.engine.lm.parameters())
 
-    def process(self) -> int:
-        import os
+    def metadata(self) -> list[Any]:
+        from learner.publish import Zero3Source
 
-        return os.getpid()
+        return [(meta.name, str(meta.dtype), meta.shape) for meta in Zero3Source(self.engine).metadata()]
 
 
 def fingerprint(worker: Any) -> str:
@@ -166,8 +166,14 @@ def rows(completions: list[list[Completion]]) -> list[Any]:
     return [(c.response_ids, c.logprobs.tolist(), c.attention.mass.tolist()) for group in completions for c in group]
 
 
-def test_what_engines_get_is_what_files_would_have_brought(parties: Any, tmp_path: Path) -> None:
+def test_what_engines_get_is_what_files_would_have_brought(
+    parties: Any, policies: tuple[Path, Path], tmp_path: Path
+) -> None:
     ranks, (vllm, transformers) = parties
+    # What is announced is whole, known to each rank alone, and gathers nothing.
+    model: Any = LlamaForCausalLM.from_pretrained(policies[1])
+    announced = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in model.named_parameters()]
+    assert [rank.call("metadata") for rank in ranks] == [announced] * 2
     assert ranks[0].call("partitioned") > 20
     before = [rows(engine.call("generate", [request()])) for engine in (vllm, transformers)]
     old = vllm.call("fingerprint")
