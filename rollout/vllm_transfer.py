@@ -3,7 +3,7 @@
 Registered by rollout/vllm_plugin.py, chosen by `WeightTransferConfig(backend="attune")`. One offer is one update:
 
     init_weight_transfer_engine({"offer": JSON, "owner": NAME})     which transfer, and under which name it is joined
-    start_weight_update, update_weights({}), finish_weight_update   joins, takes all buckets, has them all
+    start_weight_update, update_weights({}), finish_weight_update   joins; takes all buckets and says so; nothing more
 
 vLLM's own NCCL engine waits for a dead peer without an end and verifies nothing, and it has no counterpart on a CPU.
 """
@@ -49,8 +49,6 @@ class AttuneTransferEngine(WeightTransferEngine[AttuneInitInfo, AttuneUpdateInfo
         super().__init__(*arguments)
         self._info: AttuneInitInfo | None = None
         self._open = ExitStack()
-        self._tie = lambda: None
-        self._reloading = False
 
     def init_transfer_engine(self, init_info: AttuneInitInfo) -> None:
         self._info = init_info
@@ -69,38 +67,30 @@ class AttuneTransferEngine(WeightTransferEngine[AttuneInitInfo, AttuneUpdateInfo
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: AttuneUpdateInfo) -> None:
-        """Takes every bucket. Raises Broken too where a weight of the model is not among them."""
+        """Takes every bucket, and tells the sender that it has them. Raises Broken too where a weight is not sent.
+
+        All is done here, nothing in `finish_weight_update`: after an error there vLLM's worker takes no other update.
+        """
         del update_info
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         expected = {name for name, _ in self.model.named_parameters()}
-        self._tie = tied_heads(self.model)
-        initialize_layerwise_reload(self.model)
-        self._reloading = True
-        try:
-            load: Any = self.model.load_weights
-            loaded = load(self._incoming.tensors)
+        tie = tied_heads(self.model)
+        with self._open.pop_all():
+            initialize_layerwise_reload(self.model)
+            try:
+                load: Any = self.model.load_weights
+                loaded = load(self._incoming.tensors)
+            finally:
+                end_reload(self.model, self.model_config)
+            tie()
             if loaded is not None and self.model_config.quantization is None and expected - loaded:
                 raise Broken(f"no tensor was sent for {sorted(expected - loaded)[0]} of vLLM's model")
-        except BaseException as error:
-            self._end_reload()
-            self._open.__exit__(type(error), error, error.__traceback__)
-            raise
 
     def finish_weight_update(self) -> None:
-        """The weights are the model's; tells the sender so."""
-        self._end_reload()
-        self._tie()
-        self._open.close()
+        """`update_weights` has done it all."""
 
     def shutdown(self) -> None:
-        """Leaves a transfer that is under way."""
-        if self._reloading:
-            self._end_reload()
-            gone = Broken("the engine was shut down")
-            self._open.__exit__(type(gone), gone, None)
-
-    def _end_reload(self) -> None:
-        if self._reloading:
-            self._reloading = False
-            end_reload(self.model, self.model_config)
+        """Leaves a transfer that was joined and not taken."""
+        gone = Broken("the engine was shut down")
+        self._open.__exit__(type(gone), gone, None)

@@ -30,9 +30,6 @@ from services.transfer.packing import TensorMeta, checksum, pack, packed_bytes
 
 log = logging.getLogger(__name__)
 
-NOTICE_S = 5.0
-"""Once a transfer is broken those who live notice within moments, and have this long (s) to say so."""
-
 
 class Sender:
     """One transfer, from the offer to the report: `start`, `send` for each bucket, `finish`; or `stop` at any point.
@@ -164,8 +161,8 @@ class Sender:
         return {name: get(self._store, f"join/{name}") for name in came}
 
     def _wait_for_answers(self) -> None:
-        """Until each has answered or is known to be gone; less long where the transfer is broken anyway."""
-        end = time.monotonic() + (self.offer.phase_s if self._stopped is None else min(NOTICE_S, self.offer.phase_s))
+        """Until each has answered, or is known to be gone: where the transfer broke, those who live say so soon."""
+        end = time.monotonic() + self.offer.phase_s
         waiting = list(self._joined)
         while waiting and time.monotonic() < end:
             waiting = [name for name in waiting if not self._here(name, "done") and not self._here(name, "left")]
@@ -176,11 +173,9 @@ class Sender:
             return "it is dead"
         if receiver not in self._joined:
             return f"it did not join within {self.offer.join_s:.0f} s"
-        return (
-            f"it did not answer; {self._stopped}"
-            if self._stopped
-            else (f"it did not say within {self.offer.phase_s:.0f} s that it has everything")
-        )
+        if self._stopped is not None:
+            return f"it did not answer; {self._stopped}"
+        return f"it did not say within {self.offer.phase_s:.0f} s that it has everything"
 
     def _here(self, receiver: str, key: str) -> bool:
         return bool(self._store.check([f"{key}/{receiver}"]))
