@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from learner.worker import LearnerWorker
-from rollout.config import RolloutSection
+from rollout.config import RolloutSection, VllmSection
 from rollout.engine import Completion, GenerationRequest, KeySets, Sampling
 from rollout.worker import build_engine
 from services.attention.config import CaptureSection
@@ -85,7 +85,7 @@ class EngineHost:
     """An engine in an actor, as a rollout actor holds it."""
 
     async def start(self, policy: PolicySection, engine: Any) -> None:
-        section = RolloutSection(engine=engine, samples=1, max_batch_rows=8)
+        section = RolloutSection(engine=engine, max_batch_rows=8, vllm=VllmSection(weight_sync="keep"))
         self.engine: Any = await build_engine(policy, CaptureSection(), section)
 
     async def load(self, published: str, owner: str) -> PolicyVersion:
@@ -151,8 +151,9 @@ def parties(ray_session: str, policies: tuple[Path, Path], tmp_path_factory: pyt
         actor.kill()
 
 
-def request() -> GenerationRequest:
-    return GenerationRequest((5, 6, 7, 8, 9), KeySets((0, 1, 2), (1,), (1.0,)), Sampling(max_tokens=12), seed=4)
+def request(samples: int = 1, max_tokens: int = 12) -> GenerationRequest:
+    sampling = Sampling(samples=samples, max_tokens=max_tokens)
+    return GenerationRequest((5, 6, 7, 8, 9), KeySets((0, 1, 2), (1,), (1.0,)), sampling, seed=4)
 
 
 def offered(ranks: list[Actor], version: PolicyVersion, receivers: list[str]) -> tuple[str, list[Any]]:
@@ -200,10 +201,12 @@ def test_what_engines_get_is_what_files_would_have_brought(
 def test_a_learner_that_dies_leaves_engines_torn_until_the_next_whole_version(
     parties: Any, policies: tuple[Path, Path], ray_session: str
 ) -> None:
-    """A third receiver, in this process, kills the sending rank when it has the first of 30 buckets."""
+    """A third receiver, in this process, kills the sending rank when it has the first of 30 buckets. What vLLM was
+    generating is held, and finished with the next version that is whole."""
     del ray_session
     ranks, (vllm, transformers) = parties
     good = vllm.call("fingerprint")
+    generating = vllm.begin("generate", [request(samples=8, max_tokens=90)])
     published, _ = offered(ranks, PolicyVersion(1, 3), ["rollout-0/0", "rollout-1/0", "rollout-2/0"])
     loading = [e.begin("load", published, f"rollout-{i}") for i, e in enumerate((vllm, transformers))]
     took = 0
@@ -245,4 +248,8 @@ def test_a_learner_that_dies_leaves_engines_torn_until_the_next_whole_version(
     assert sender.finish().whole
     assert [e.end(reference) for e, reference in zip((vllm, transformers), loading, strict=True)] == [(2, 3)] * 2
     assert vllm.call("fingerprint") == good
+    (held,) = vllm.end(generating)
+    assert len(held) == 8
+    assert all(sum(span[2] for span in c.versions) == len(c.response_ids) == len(c.attention.mass) for c in held)
+    assert {span[:2] for c in held for span in c.versions} == {(1, 2), (2, 3)}
     assert {span[:2] for c in vllm.call("generate", [request()])[0] for span in c.versions} == {(2, 3)}

@@ -7,7 +7,9 @@ import re
 import signal
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +260,13 @@ def test_nccl_needs_a_gpu_of_its_own_for_every_party() -> None:
     assert backend_for([first, first]) == "gloo"
     assert backend_for([first, host]) == "gloo"
     assert backend_for([host, host]) == "gloo"
+
+
+def test_vllm_finds_the_engine_by_the_entry_point() -> None:
+    """As vLLM looks for plugins; `register` itself is run wherever an engine is started."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (entry,) = project["entry-points"]["vllm.general_plugins"].items()
+    assert EntryPoint(*entry, "vllm.general_plugins").load().__name__ == "register"
 
 
 def test_the_store_listens_where_it_was_told_alone() -> None:
