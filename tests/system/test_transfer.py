@@ -1,7 +1,9 @@
 """Weights from real ZeRO-3 ranks to real engines by a collective: the bits that files would bring, and deaths."""
 
+import asyncio
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,24 @@ class Actor:
         self._ray.kill(self.handle)
 
 
+class Here:
+    """The transformers engine in this process, called as an actor is: a process more would only take time to start."""
+
+    def __init__(self, policy: PolicySection) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._host = EngineHost()
+        self.end(self.begin("start", policy, "transformers"))
+
+    def begin(self, method: str, *arguments: Any) -> Any:
+        return self._pool.submit(lambda: asyncio.run(getattr(self._host, method)(*arguments)))
+
+    def end(self, reference: Any) -> Any:
+        return reference.result(120)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return self.end(self.begin(method, *arguments))
+
+
 @pytest.fixture(scope="module")
 def parties(ray_session: str, policies: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two ranks with the new policy; a vLLM and a transformers engine with the old one."""
@@ -137,17 +157,15 @@ def parties(ray_session: str, policies: tuple[Path, Path], tmp_path_factory: pyt
         "cluster": {"bucket_mib": BUCKET_MIB, "transfer_s": PHASE_S, "rendezvous_s": 60.0},
     }
     ranks = [Actor(Rank, config, rank, 2, str(tmp_path_factory.mktemp("learner"))) for rank in range(2)]
-    engines = [Actor(EngineHost) for _ in range(2)]
-    starting = [
-        engine.begin("start", PolicySection(model=str(old)), kind)
-        for engine, kind in zip(engines, ("vllm", "transformers"), strict=True)
-    ]
+    vllm = Actor(EngineHost)
+    starting = vllm.begin("start", PolicySection(model=str(old)), "vllm")
     address, port = ranks[0].call("address")
     setups = [rank.begin("setup", address, port) for rank in ranks]
-    for actor, reference in zip([*engines, *ranks], [*starting, *setups], strict=True):
+    transformers = Here(PolicySection(model=str(old)))
+    for actor, reference in zip([vllm, *ranks], [starting, *setups], strict=True):
         actor.end(reference)
-    yield ranks, engines
-    for actor in (*ranks, *engines):
+    yield ranks, (vllm, transformers)
+    for actor in (vllm, *ranks):
         actor.kill()
 
 
