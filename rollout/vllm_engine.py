@@ -21,11 +21,13 @@ from rollout.refusals import RequestRefused, check_fits, check_keys
 from rollout.sampling import check_sampling, truncates
 from rollout.vllm_capture.request import extra_args
 from rollout.vllm_in_process import InProcessLLM
+from rollout.vllm_plugin import BACKEND
 from services.attention.config import CaptureSection
 from services.errors import Deadline, UserError
 from services.models import eos_ids_of_policy, load_config, max_context_of
 from services.models_config import PolicySection
 from services.records import FinishReason, PolicyVersion
+from services.transfer.offer import Broken, is_offer, name_of, read_offer
 from services.weights import Corrupt
 
 EXTENSION = "rollout.vllm_capture.extension.CaptureExtension"
@@ -56,6 +58,7 @@ class VllmEngine:
         self._torn: str | None = "the engine was not started"
         self._says_kept_sets = False
         self._numbers = itertools.count()
+        self._calling = asyncio.Lock()
         self._llm: Any = None
 
     @property
@@ -93,20 +96,25 @@ class VllmEngine:
             check_keys(request.keys, len(request.prompt_ids))
         return list(await asyncio.gather(*(self._group(request) for request in requests)))
 
-    async def load_weights(self, manifest_path: str) -> PolicyVersion:
-        """Takes the published weights; every bucket's checksum is verified before the first tensor is replaced.
+    async def load_weights(self, published: str, owner: str = "") -> PolicyVersion:
+        """Takes published weights: the manifest's, or those of an offer that lists `owner`.
 
         Under `weight_sync: wait` what is being generated is finished with the old weights first; under `keep` it is
-        held, its cache is computed again under the new weights, and it goes on with them.
+        held, its cache is computed again under the new weights, and it goes on with them. Where a transfer breaks off
+        it stays held: the engine refuses to generate until it has a whole version, and then goes on.
         """
         mode = self._section.vllm.weight_sync
         await self._deadline(self._llm.pause_generation(mode=mode), "the pause before new weights")
-        answers = await self._rpc("attune_load_weights", manifest_path)
+        seconds = None
+        if is_offer(published):
+            offer = read_offer(published)
+            seconds = offer.join_s + offer.whole_s + self._section.vllm.call_s
+        answers = await self._rpc("attune_load_weights", published, owner, seconds=seconds)
         if any("refused" in answer for answer in answers):
             answer = next(answer for answer in answers if "refused" in answer)
             if answer["torn"]:
-                self._torn = f"loading {manifest_path} failed halfway"
-            else:
+                self._torn = f"loading {name_of(published)} failed halfway"
+            elif self._torn is None:
                 await self._llm.resume_generation()
             raise _ERRORS[answer["kind"]](answer["refused"])
         await self._llm.reset_prefix_cache(reset_running_requests=True)
@@ -190,11 +198,12 @@ class VllmEngine:
             versions=tuple((*_unlabel(span.version), span.end - span.start) for span in output.weight_versions or ()),
         )
 
-    async def _rpc(self, method: str, *arguments: Any) -> list[Any]:
-        return await self._deadline(self._llm.collective_rpc(method, args=arguments), method)
+    async def _rpc(self, method: str, *arguments: Any, seconds: float | None = None) -> list[Any]:
+        async with self._calling:  # a call's time begins when the one before it has ended: a transfer may take minutes
+            return await self._deadline(self._llm.collective_rpc(method, args=arguments), method, seconds)
 
-    async def _deadline(self, call: Any, what: str) -> Any:
-        seconds = self._section.vllm.call_s
+    async def _deadline(self, call: Any, what: str, seconds: float | None = None) -> Any:
+        seconds = self._section.vllm.call_s if seconds is None else seconds
         try:
             return await asyncio.wait_for(call, seconds)
         except TimeoutError as error:
@@ -206,6 +215,7 @@ class VllmEngine:
 
 
 _ERRORS: dict[str, type[Exception]] = {
+    "Broken": Broken,
     "Corrupt": Corrupt,
     "FileNotFoundError": FileNotFoundError,
     "ValueError": ValueError,
@@ -242,6 +252,7 @@ def _start_llm(policy: PolicySection, section: RolloutSection, max_context: int 
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(section.threads)
     try:
+        from vllm.config import WeightTransferConfig
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
@@ -267,6 +278,7 @@ def _start_llm(policy: PolicySection, section: RolloutSection, max_context: int 
         "enforce_eager": on_cpu,
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": EXTENSION,
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "disable_log_stats": True,
         "trust_remote_code": False,
     }

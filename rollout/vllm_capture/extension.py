@@ -15,13 +15,18 @@ from rollout.vllm_capture.buffers import LayerShape
 from rollout.vllm_capture.capture import Capture, KeptSet
 from rollout.vllm_capture.refusals import refuse_configuration, refuse_layer, refuse_version
 from rollout.vllm_capture.runner_v1 import start_v1
+from rollout.vllm_plugin import register
+from rollout.vllm_receive import receive_weights
 from rollout.vllm_weights import reload_weights
 from services.attention.config import CaptureSection, resolve_capture
 from services.errors import UserError
+from services.transfer.offer import is_offer
 from services.weights import Corrupt, read_manifest, read_published
 
 if TYPE_CHECKING:
     from rollout.vllm_capture.device_capture import DeviceCapture
+
+register()  # this module is imported by every worker, before it makes its weight-transfer engine
 
 
 def _packed(kept: Sequence[KeptSet]) -> dict[str, bytes]:
@@ -75,21 +80,23 @@ class CaptureExtension:
         """Bytes that the capture holds on this worker, and how many requests came back after a preemption."""
         return {**self._attune_capture.nbytes, "preempted": self._attune_capture.preempted}
 
-    def attune_load_weights(self, manifest_path: str) -> dict[str, Any]:
-        """Replaces the weights by published ones, once every bucket's checksum is verified.
+    def attune_load_weights(self, published: str, owner: str = "") -> dict[str, Any]:
+        """Replaces the weights by published ones: a manifest's, once every bucket is verified, or an offer's.
 
         Returns {"version": (incarnation, step)}, or {"refused": why, "kind": the error's name, "torn": whether a
         tensor was replaced already}.
         """
+        if is_offer(published):
+            return receive_weights(self, published, owner)
         try:
-            manifest = read_manifest(manifest_path)
-            tensors = read_published(manifest_path)
+            manifest = read_manifest(published)
+            tensors = read_published(published)
         except (Corrupt, FileNotFoundError) as error:
             return {"refused": str(error), "kind": type(error).__name__, "torn": False}
         try:
             reload_weights(self.model_runner, tensors)
         except (ValueError, KeyError) as error:
-            return {"refused": f"{manifest_path}: {error}", "kind": "ValueError", "torn": True}
+            return {"refused": f"{published}: {error}", "kind": "ValueError", "torn": True}
         return {"version": [manifest.version.incarnation, manifest.version.step]}
 
     def _attune_start(self, section: CaptureSection) -> dict[str, Any]:
