@@ -150,9 +150,10 @@ def test_truncated_sampling_is_replayed(
     assert all(len(kept) <= 20 for kept in sample["kept_ids"])
 
 
-@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_vllm_generates(attune: Attune, recipe: Recipe, tmp_path: Path, staleness: int) -> None:
-    """The same service with the other engine: every group once, fresh enough, captured, one distribution."""
+    """The same service with the other engine: every group once, fresh enough, captured, one distribution. Without
+    staleness and with weights by collective: test_collective.py."""
     run = tmp_path / "run"
     path = recipe(
         run={"steps": 4, "max_staleness": staleness},

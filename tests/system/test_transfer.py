@@ -23,6 +23,8 @@ from services.transfer.packing import TensorMeta
 from services.transfer.receiver import receiving
 from services.transfer.sender import Sender
 
+pytestmark = pytest.mark.slow  # test_collective.py sends weights to vLLM in the suite
+
 BUCKET_MIB = 1.0
 PHASE_S = 10.0
 CPU = torch.device("cpu")
