@@ -42,6 +42,8 @@ ENGINE_OVERRIDES = {
     # One engine with both cores and one large batch, where the other engine has an actor a core.
     "vllm": ["rollout.actors=1", "rollout.threads=2", "rollout.max_batch_rows=128"],
 }
+QUESTIONS, TUNED = "data/questions.jsonl", "sft"
+"""In the run directory: the data, and the policy that RL starts from."""
 VOCABULARY = 4096
 """At most; the corpus gives some 1,600 tokens."""
 
@@ -60,30 +62,10 @@ def quickstart(run_dir: Path, *, steps: int | None, engine: str, family: str, co
 
     transformers_logging.disable_progress_bar()  # its bars for models of a few MB say nothing
     began = time.monotonic()
-    questions, base, tuned = run_dir / "data" / "questions.jsonl", run_dir / "base", run_dir / "sft"
-    recipe = find_recipe(RECIPES[family])
-    overrides = [f"data.source={questions}", f"policy.model={tuned}", f"rollout.engine={engine}"]
-    overrides += ENGINE_OVERRIDES[engine]
-    overrides += [] if steps is None else [f"run.steps={steps}"]
-    config = resolve(apply_overrides(read_yaml(recipe), overrides), str(recipe))
-
-    def stage(name: str, result: Path, make: Callable[[Path], str]) -> None:
-        if result.exists():
-            console.print(f"[bold]{name}[/bold]: {result} is there already", highlight=False)
-            return
-        partial = result.with_name(result.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        started = time.monotonic()
-        console.print(f"[bold]{name}[/bold] ...", highlight=False)
-        done = make(partial)
-        partial.rename(result)
-        console.print(f"  {done} ({time.monotonic() - started:.0f} s)", highlight=False)
-
-    questions.parent.mkdir(parents=True, exist_ok=True)
-    stage("Generating questions and answers", questions, _generate)
-    stage("Building a small policy", base, lambda out: _build(config, cast(Family, family), out))
+    config = config_of(run_dir, steps=steps, engine=engine, family=cast(Family, family))
+    tuned = run_dir / TUNED
     with ray_cluster(config.cluster):  # one cluster for both stages
-        stage("Fine-tuning on the training questions", tuned, lambda out: _tune(config, base, out, console))
+        prepare(run_dir, config, cast(Family, family), console)
         prompts = evaluation_prompts(config, load_training_data(config), "test", config.evaluation.prompts)
         before = _evaluated(run_dir / "evaluation-before.json", config, tuned, prompts, "fine-tuned", console)
         console.print("[bold]Reinforcement learning[/bold] through the whole service ...", highlight=False)
@@ -103,6 +85,37 @@ def quickstart(run_dir: Path, *, steps: int | None, engine: str, family: str, co
         highlight=False,
     )
     return 0
+
+
+def config_of(run_dir: Path, *, steps: int | None, engine: str, family: Family) -> Config:
+    """The recipe that the quickstart in `run_dir` trains by."""
+    recipe = find_recipe(RECIPES[family])
+    overrides = [f"data.source={run_dir / QUESTIONS}", f"policy.model={run_dir / TUNED}", f"rollout.engine={engine}"]
+    overrides += ENGINE_OVERRIDES[engine]
+    overrides += [] if steps is None else [f"run.steps={steps}"]
+    return resolve(apply_overrides(read_yaml(recipe), overrides), str(recipe))
+
+
+def prepare(run_dir: Path, config: Config, family: Family, console: Console) -> None:
+    """Questions, a small policy, and the same fine-tuned on them, each where it is not there yet. Needs Ray."""
+    questions, base, tuned = run_dir / QUESTIONS, run_dir / "base", run_dir / TUNED
+
+    def stage(name: str, result: Path, make: Callable[[Path], str]) -> None:
+        if result.exists():
+            console.print(f"[bold]{name}[/bold]: {result} is there already", highlight=False)
+            return
+        partial = result.with_name(result.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        started = time.monotonic()
+        console.print(f"[bold]{name}[/bold] ...", highlight=False)
+        done = make(partial)
+        partial.rename(result)
+        console.print(f"  {done} ({time.monotonic() - started:.0f} s)", highlight=False)
+
+    questions.parent.mkdir(parents=True, exist_ok=True)
+    stage("Generating questions and answers", questions, _generate)
+    stage("Building a small policy", base, lambda out: _build(config, family, out))
+    stage("Fine-tuning on the training questions", tuned, lambda out: _tune(config, base, out, console))
 
 
 def find_recipe(name: str) -> Path:
