@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_serializer, model_validator
@@ -157,6 +158,23 @@ class WorkerSection(Section):
         return self
 
 
+class AdaptersSection(Section):
+    """How other clients' wire formats are read; docs/reward-server.md has their routes."""
+
+    split_at: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What stands before the response where a client sends prompt and response as one text (verl, TEI), "
+        "for example the chat template's start of the assistant's turn; the last one counts. null: such a text is "
+        "scored as it is, by sources that take one.",
+    )
+    end_texts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "</s>"),
+        description="Texts of end-of-sequence tokens, taken off the end of a response: OpenRLHF and chat templates "
+        "leave them there.",
+    )
+
+
 def _default_sources() -> dict[str, SourceSection]:
     return {"attention": AttentionSource()}
 
@@ -181,8 +199,24 @@ class RewardSection(Section):
     token_env: str = Field(
         default="ATTUNE_REWARD_TOKEN", description="Environment variable that holds the bearer token."
     )
+    keys_file: Path | None = Field(
+        default=None,
+        description="File of API keys with names and limits, written by `attune reward-key`; they hold beside the "
+        "token of token_env. null: the token alone.",
+    )
     max_bytes: int = Field(default=16 * 2**20, ge=1024, description="Largest body, in bytes: 413 above. Bounds memory.")
     max_items: int = Field(default=1024, ge=1, description="Most items of a request: 413 above.")
+    max_text_chars: int = Field(
+        default=262_144,
+        ge=1,
+        description="Longest text of an item (a prompt with its messages, a response, a reference, one fact), in "
+        "characters: 413 above.",
+    )
+    max_tokens: int = Field(
+        default=131_072,
+        ge=1,
+        description="Most tokens of a response: of response_ids, and rows or statistics of the attention: 413 above.",
+    )
     concurrency: int = Field(
         default=2, ge=1, description="Requests scored at once; numpy scoring is bound by the processor."
     )
@@ -194,7 +228,15 @@ class RewardSection(Section):
     queue_timeout_s: float = Field(
         default=10.0, gt=0, description="Longest wait of an admitted request for its turn, in seconds: 429 after."
     )
-    retry_after_s: int = Field(default=1, ge=1, description="Retry-After of a 429, in seconds.")
+    retry_after_s: int = Field(default=1, ge=1, description="Retry-After of a 429 or 503, in seconds.")
+    idempotency_window_s: float = Field(
+        default=300.0, gt=0, description="How long an answer is kept for its Idempotency-Key, in seconds."
+    )
+    idempotency_bytes: int = Field(
+        default=64 * 2**20,
+        ge=0,
+        description="Most bytes of answers that are kept for idempotency keys; the oldest go first.",
+    )
     body_timeout_s: float = Field(
         default=30.0, gt=0, description="Deadline for the arrival of a body, in seconds: 408 after."
     )
@@ -205,6 +247,21 @@ class RewardSection(Section):
     )
     ready_timeout_s: float = Field(
         default=5.0, gt=0, description="Deadline of the item that /readyz scores, in seconds."
+    )
+    stalled_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="How long a source may fail every request before /readyz says so, in seconds, whatever it makes of "
+        "the built-in item.",
+    )
+    drain_s: int = Field(
+        default=20, ge=1, description="How long requests under way may take after SIGTERM, in seconds; then they end."
+    )
+    log_level: Literal["info", "warning"] = Field(
+        default="info", description="`attune reward-server` logs JSON lines: info has one for each request."
+    )
+    adapters: AdaptersSection = Field(
+        default=AdaptersSection(), description="How other clients' wire formats are read."
     )
     worker: WorkerSection = Field(default=WorkerSection(), description="The scoring worker of a run.")
 

@@ -54,6 +54,18 @@ def invalid(problems: Sequence[FieldProblem]) -> Refusal:
     return Refusal(422, "invalid_request", f"{first.path}: {first.msg}", problems)
 
 
+def header_refusal(name: str, message: str, kind: str) -> Refusal:
+    """422, for a header that is wrong."""
+    problem = FieldProblem(loc=("header", name), path=f"header.{name}", msg=message, type=kind)
+    return Refusal(422, "invalid_request", f"header {name}: {message}", [problem])
+
+
+def too_large(path: Path, message: str) -> Refusal:
+    """413, with the path of the field that is too large."""
+    problem = field_problem(path, message, "too_long")
+    return Refusal(413, "too_large", f"{problem.path}: {message}", [problem])
+
+
 def refusal_of(error: ValidationError, body: bytes) -> Refusal:
     """The refusal of a body that did not validate."""
     errors = error.errors(include_url=False, include_input=False, include_context=False)

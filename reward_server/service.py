@@ -13,7 +13,9 @@ from importlib.metadata import version
 from reward_server.attention import attention_scorer
 from reward_server.combination import combine
 from reward_server.config import AttentionSource, ExactMatchSource, LengthSource, RewardSection, SourceSection
+from reward_server.logs import where
 from reward_server.metrics import Metrics
+from reward_server.progress import Progress
 from reward_server.schema import (
     AttentionRows,
     ErrorCode,
@@ -63,6 +65,7 @@ class ScoringService:
             if scorers is None or name not in scorers
         }
         self.scorers: dict[str, Scorer] = {**built, **(scorers or {})}
+        self.progress = Progress(section.stalled_s)
         self.recipe_revision = section.recipe_revision()
         self.version = version("attune")
 
@@ -93,7 +96,7 @@ class ScoringService:
         )
 
     async def probe(self) -> dict[str, str]:
-        """Scores the built-in item: what is wrong, by source; empty where everything is as it should be."""
+        """Scores the built-in item, looks at the age of progress: what is wrong, by source; empty where nothing is."""
 
         async def problem_of(name: str) -> str | None:
             try:
@@ -102,26 +105,30 @@ class ScoringService:
             except TimeoutError:
                 return f"no answer within {self.section.ready_timeout_s:g} s"
             except Exception as problem:
-                log.exception("source %s failed the probe", name)
+                log.error("source %s failed the probe: %s", name, where(problem))
                 return f"raised {type(problem).__name__}"
             return None if answer.component.error is None else answer.component.error.message
 
         problems = await asyncio.gather(*(problem_of(name) for name in self.scorers))
-        return {name: problem for name, problem in zip(self.scorers, problems, strict=True) if problem is not None}
+        found = {name: problem for name, problem in zip(self.scorers, problems, strict=True) if problem is not None}
+        return found or self.progress.stalled(time.monotonic())
 
     async def _ask(self, name: str, items: Sequence[Item]) -> Sequence[Scored]:
         started = time.perf_counter()
         try:
-            async with asyncio.timeout(self.section.source_timeout_s):
-                answers = await self.scorers[name].score(items)
+            with self.metrics.busy(name):
+                async with asyncio.timeout(self.section.source_timeout_s):
+                    answers = await self.scorers[name].score(items)
             if len(answers) != len(items):
                 raise RuntimeError(f"{len(answers)} answers for {len(items)} items")
         except TimeoutError:
             message = f"source {name} did not answer within {self.section.source_timeout_s:g} s"
             answers = [Scored(failed_component(ErrorCode.SOURCE_TIMEOUT, message))] * len(items)
         except Exception as problem:
-            log.exception("source %s failed", name)
+            log.error("source %s failed: %s", name, where(problem))
             message = f"source {name} raised {type(problem).__name__}"
             answers = [Scored(failed_component(ErrorCode.SOURCE_ERROR, message))] * len(items)
-        self.metrics.source(name, time.perf_counter() - started, [answer.component for answer in answers])
+        components = [answer.component for answer in answers]
+        self.metrics.source(name, time.perf_counter() - started, components)
+        self.progress.note(name, components, time.monotonic())
         return answers

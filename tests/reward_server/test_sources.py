@@ -254,7 +254,7 @@ def test_the_openapi_document_has_the_request_and_the_codes(client: Any) -> None
     post = document["paths"]["/v1/rewards"]["post"]
     assert post["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/RewardRequest")
     assert set(document["components"]["schemas"]["ErrorCode"]["enum"]) == {code.value for code in ErrorCode}
-    assert post["security"] == [{"token": []}]
+    assert post["security"] == [{"bearer": []}, {"basic": []}]
     assert "security" not in document["paths"]["/livez"]["get"]
     text = json.dumps(document)
     names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
