@@ -5,7 +5,7 @@ text-embeddings server's (TEI) with `texts` -> [{"score"}]; both from the highes
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from reward_server.adapters.common import Foreign, Told, Usage, as_list, descending, pair_item, sigmoid, without_end
 from reward_server.answering import Format, Rewards
@@ -16,6 +16,8 @@ from reward_server.schema import Item
 
 class Request(Foreign):
     """`documents` (vLLM; `top_n` 0: all of them) or `texts` (TEI; without `raw_scores` the sigmoid of the reward)."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["documents"]}, {"required": ["texts"]}]})
 
     query: str
     documents: str | tuple[str, ...] | None = None

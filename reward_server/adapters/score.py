@@ -6,7 +6,7 @@ The first text is the prompt, the second the response. `use_activation` true giv
 from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 
 from reward_server.adapters.common import Foreign, Told, Usage, as_list, pair_item, sigmoid, without_end
 from reward_server.answering import Format, Rewards
@@ -21,6 +21,8 @@ NAMES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), (
 
 class Request(Foreign):
     """One pair of sides: text_1 and text_2, queries and documents or items, data_1 and data_2."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": list(names)} for names in NAMES]})
 
     text_1: Texts = None
     text_2: Texts = None
