@@ -34,10 +34,15 @@ ROUTES = (
 
 
 def create_app(
-    section: RewardSection, *, token: str | None = None, scorers: Mapping[str, Scorer] | None = None
+    section: RewardSection,
+    *,
+    token: str | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
+    tells_id: bool = True,
 ) -> FastAPI:
     """The app of a recipe. Without `token` and `keys_file` no route asks for a key. `scorers` replaces sources' own
-    scorers, by name. Raises UserError for a keys file that is none."""
+    scorers, by name. `tells_id` false: the proxy in front adds X-Request-Id to answers. Raises UserError for a keys
+    file that is none."""
     metrics = Metrics()
     keys = KeyRing(load_keys(section.keys_file) if section.keys_file is not None else (), token)
     service = ScoringService(section, metrics, scorers)
@@ -49,7 +54,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(Gate, keys=keys, metrics=metrics, routes=ROUTES)
+    app.add_middleware(Gate, keys=keys, metrics=metrics, routes=ROUTES, tells_id=tells_id)
 
     @app.post(NATIVE)
     async def rewards(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]

@@ -29,11 +29,15 @@ class Gate:
     """ASGI middleware. `scope["state"]` gets `allowance` (whose key it is), `arrived` (seconds, monotonic) and takes
     `items` (how many the request has, for the log)."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, metrics: Metrics, routes: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, metrics: Metrics, routes: Collection[str], *, tells_id: bool
+    ) -> None:
+        """`tells_id`: answers carry the request's id, which a proxy in front may do in our place."""
         self._app = app
         self._keys = keys
         self._metrics = metrics
         self._routes = frozenset(routes)
+        self._tells_id = tells_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +56,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, ours)]
+                if self._tells_id:
+                    message["headers"] = [*message.get("headers", ()), (REQUEST_ID, ours)]
             await send(message)
 
         allowance = self._keys.holder([value for name, value in headers if name == b"authorization"])

@@ -32,7 +32,7 @@ def application(args: dict[str, Any]) -> serve.Application:
         token = section.token()
         if token is None and section.keys_file is None:
             raise UserError(f"the reward server under Ray Serve needs {section.token_env} or reward.keys_file")
-        return create_app(section, token=token)
+        return create_app(section, token=token, tells_id=False)  # Serve's proxy does
 
     deploy: Any = serve  # its types are unknown in parts
     return deploy.deployment(
