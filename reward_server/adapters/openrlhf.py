@@ -59,7 +59,7 @@ def _in_all(name: str, rewards: Rewards) -> bool:
 
 REWARDS = Format(
     name="OpenRLHF",
-    paths=("/openrlhf",),
+    paths=("/openrlhf", "/get_reward"),
     request=Request,
     answer=Answer,
     summary="OpenRLHF: `remote_rm_url`.",

@@ -114,3 +114,15 @@ def test_dependencies_have_a_line_each():
     packages = {re.split(r"[\[<>=~ ]", name)[0] for name in named} - {"attune"}
     page = (ROOT / "docs" / "dependencies.md").read_text()
     assert not [package for package in sorted(packages) if not re.search(rf"\b{re.escape(package)}\b", page)]
+
+
+def test_the_examples_of_other_clients_are_scored():
+    text = (ROOT / "docs" / "reward-clients.md").read_text()
+    examples = re.findall(r"http://127\.0\.0\.1:8077(/\w+) -H \S+ \S+ -d '(\{.*?\})'", text, flags=re.DOTALL)
+    sources = {"words": {"kind": "length", "unit": "words"}, "same": {"kind": "exact_match", "required": False}}
+    reward = {"sources": sources, "adapters": {"split_at": "<|assistant|>"}}
+    client = TestClient(create_app(RewardSection.model_validate(reward)))
+    assert [path for path, _ in examples] == ["/openrlhf", "/classify", "/score", "/rerank", "/predict", "/verify"]
+    for path, body in examples:
+        answer = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 200, (path, answer.text)
