@@ -245,6 +245,12 @@ def test_metrics_count_what_happened(client: Any, item: dict[str, Any]) -> None:
         'attune_reward_failures_total{code="missing_response_ids",source="attention"} 1.0',
         'attune_reward_score_count{source="attention"} 1.0',
         "attune_reward_admitted_requests 0.0",
+        "attune_reward_waiting_requests 0.0",
+        "attune_reward_queue_seconds_count 1.0",
+        'attune_reward_source_seconds_count{source="attention"} 1.0',
+        'attune_reward_source_items_sum{source="attention"} 2.0',
+        'attune_reward_source_calls{source="attention"} 0.0',
+        'attune_reward_source_last_success_timestamp_seconds{source="attention"} 1.',
     ):
         assert line in text
 
