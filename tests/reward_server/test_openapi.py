@@ -60,6 +60,9 @@ def test_the_document_is_the_one_in_the_repository() -> None:
 )
 def test_the_document_is_true(case: Any) -> None:
     response = case.call(headers=HEADERS)
+    if response.status_code == 504:  # a deadline of milliseconds was asked for, and kept
+        assert int(case.headers["X-Request-Deadline-Ms"]) < 10_000
+        return
     case.validate_response(
         response,
         checks=[
