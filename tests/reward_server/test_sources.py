@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from reward_server.combination import combine, contribution
-from reward_server.config import AttentionSource, RewardSection, SourceBase
+from reward_server.config import RewardSection
 from reward_server.schema import Component, ErrorCode, Item, failed_component
 from reward_server.scorers import Scored
+from reward_server.sources_config import AttentionSource, SourceBase
 from services.attention.options import AttentionOptions
 
 
