@@ -58,7 +58,7 @@ class Ensemble:
 def reducer(name: Literal["mean", "min", "quantile"], quantile: float = 0.0) -> Callable[[Sequence[float]], float]:
     """Mean, lowest value, or the lower quantile, linear between neighbours (numpy's default)."""
     if name == "mean":
-        return lambda values: math.fsum(values) / len(values)
+        return lambda values: sum(values) / len(values)
     if name == "min":
         return min
 
@@ -137,4 +137,4 @@ def deviation(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    return math.hypot(*(value - mean for value in values)) / math.sqrt(len(values))
