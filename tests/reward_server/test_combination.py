@@ -84,7 +84,7 @@ def test_disagreement_is_told_and_flagged() -> None:
     torn = combined(parts(d=1.0, e=9.0), disagreement=1.0)
     assert (torn.detail, torn.flags) == ({"disagreement": 4.0}, ("sources_disagree",))
     assert combined(parts(d=1.0)).detail == {}
-    assert combined(parts(d=1e308, e=-1e308)).detail == {}
+    assert combined(parts(d=1.7e308, e=-1.7e308)).detail == {}
 
 
 CRS: dict[str, Any] = {

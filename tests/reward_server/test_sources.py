@@ -130,12 +130,12 @@ def test_pattern(serving: Any, source: Any, response: Any, expected: Any) -> Non
 
 
 def test_a_pattern_that_backtracks_fails_the_item_in_time(serving: Any) -> None:
-    source = {"kind": "pattern", "pattern": r"(a+)+\1b", "timeout_s": 0.2}
+    source = {"kind": "pattern", "pattern": r"(?:(a)|(a))*\d?[^a]$", "timeout_s": 0.2}
     client = serving(sources={"s": source})
     started = time.monotonic()
     result = result_of(client, {"id": "a", "response": "a" * 64})
     assert result["error"]["code"] == "pattern_timeout"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # unbounded, it takes longer than anybody waits
     assert result_of(client, {"id": "a", "response": "aab"})["reward"] == 1.0
 
 
