@@ -1,4 +1,4 @@
-"""Micro-batching: rows of many requests, packed by a budget of tokens, run by a model in a thread of its own.
+"""Micro-batching: rows of many requests, packed by a budget of tokens, run by a model in threads of its own.
 
 A row waits at most `wait_s` for company; then the oldest row runs, with those of the queue that are nearest to it in
 length, as many as the budget takes when all are padded to the longest. So nothing starves, little is padding, and the
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from reward_server.runner import ModelRunner, Output, Row
 
 IDLE_S = 10.0
-"""The thread ends after this time without work; the next row starts another."""
+"""A thread ends after this time without work; the next row starts another."""
 
 
 @dataclass(eq=False)
@@ -37,7 +37,7 @@ class MicroBatcher:
         self._name = name
         self._queue: list[_Waiting] = []
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._threads: set[threading.Thread] = set()
 
     async def submit(self, rows: Sequence[Row]) -> list[Output]:
         """Outputs in order. Raises what the model raised; a cancelled call leaves the queue."""
@@ -45,10 +45,11 @@ class MicroBatcher:
         waiting = [_Waiting(row, now) for row in rows]
         with self._changed:
             self._queue.extend(waiting)
-            if self._thread is None and waiting:
-                self._thread = threading.Thread(target=self._work, name=f"batches-{self._name}", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+            while waiting and len(self._threads) < self.runner.lanes:
+                thread = threading.Thread(target=self._work, name=f"batches-{self._name}", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+            self._changed.notify_all()
         futures = [asyncio.wrap_future(entry.done) for entry in waiting]
         try:
             return list(await asyncio.gather(*futures))
@@ -85,7 +86,7 @@ class MicroBatcher:
                 now = time.monotonic()
                 if not self._queue:
                     if now - idle_from >= IDLE_S:
-                        self._thread = None
+                        self._threads.discard(threading.current_thread())
                         return []
                     self._changed.wait(IDLE_S - (now - idle_from))
                     continue

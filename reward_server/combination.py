@@ -20,13 +20,11 @@ DISAGREE = "sources_disagree"
 """Flag of a result whose sources' shifted values differ by more than the recipe allows."""
 
 
-class Combining(Protocol):
-    """The constants of a source that the combination reads: `reward_server.config.SourceBase`."""
+class Constants(Protocol):
+    """Constants of the recipe for one value: `reward_server.sources_config.Summand`."""
 
     @property
     def weight(self) -> float: ...
-    @property
-    def required(self) -> bool: ...
     @property
     def offset(self) -> float: ...
     @property
@@ -35,13 +33,20 @@ class Combining(Protocol):
     def clip(self) -> tuple[float, float] | None: ...
 
 
-def shifted(value: float, source: Combining) -> float:
+class Combining(Constants, Protocol):
+    """Those of a source: `reward_server.sources_config.SourceBase`."""
+
+    @property
+    def required(self) -> bool: ...
+
+
+def shifted(value: float, source: Constants) -> float:
     """clip(scale * value + offset)."""
     number = source.scale * value + source.offset
     return number if source.clip is None else min(max(number, source.clip[0]), source.clip[1])
 
 
-def contribution(value: float, source: Combining) -> float:
+def contribution(value: float, source: Constants) -> float:
     """weight * clip(scale * value + offset)."""
     return source.weight * shifted(value, source)
 
@@ -52,7 +57,7 @@ class Ensemble:
 
     of: tuple[str, ...]
     reduce: Callable[[Sequence[float]], float]
-    constants: Combining
+    constants: Constants
 
 
 def reducer(name: Literal["mean", "min", "quantile"], quantile: float = 0.0) -> Callable[[Sequence[float]], float]:
@@ -91,7 +96,7 @@ def combine(
     """
     said = list(flags)
     shown = dict(components)
-    counting: dict[str, Combining] = {name: sources[name] for name in components}
+    counting: dict[str, Constants] = {name: sources[name] for name in components}
     required_error: ItemError | None = None
     optional_error: ItemError | None = None
     values = {name: shifted(c.value, sources[name]) for name, c in components.items() if c.value is not None}

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from reward_server.model_sources_config import AskingSource
-from reward_server.sources_config import AttentionSource, SourceBase, SymbolicSource
+from reward_server.sources_config import AttentionSource, Summand, SymbolicSource
 from services.config_base import Section
 from services.errors import UserError
 
 SourceSection = Annotated[SymbolicSource | AskingSource, Field(discriminator="kind")]
 
 
-class EnsembleSection(SourceBase):
+class EnsembleSection(Summand):
     """Several sources as one: their values, shifted by their own constants, are reduced to one that is summed."""
 
     of: tuple[str, ...] = Field(min_length=2, description="Names of sources; they no longer count by themselves.")

@@ -5,6 +5,7 @@ append-only file of JSON lines, which the principle sources read before the pred
 revision of its content is in the revision of every answer, so a score says which interventions it was made under.
 """
 
+import asyncio
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ from services.errors import UserError
 MOST = 100
 MOST_BYTES = 16 * 2**10
 """Of the body of one call."""
+BODY_S = 10.0
+"""Deadline for its arrival."""
 
 
 class Intervention(BaseModel):
@@ -128,16 +131,20 @@ def add_route(app: FastAPI, file: InterventionFile | None, *, authenticated: boo
         if file is None:
             raise Refusal(404, "no_interventions", "the recipe names no file of interventions (reward.interventions)")
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > MOST_BYTES:
-                raise Refusal(413, "too_large", f"the body has more than {MOST_BYTES} bytes")
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > MOST_BYTES:
+                        raise Refusal(413, "too_large", f"the body has more than {MOST_BYTES} bytes")
+        except TimeoutError:
+            raise Refusal(408, "body_timeout", f"the body did not arrive within {BODY_S:g} s") from None
         try:
             given = Intervention.model_validate_json(bytes(body))
         except ValidationError as error:
             raise refusal_of(error, bytes(body)) from None
         try:
-            now, added = file.add(given.text)
+            now, added = await asyncio.to_thread(file.add, given.text)
         except ValueError as error:
             raise Refusal(409, "too_many", str(error)) from None
         return InterventionsAnswer(count=len(now.texts), added=added, revision=now.revision)

@@ -48,6 +48,8 @@ SCALAR_HEADS = (
 class LocalModel:
     """A loaded model in evaluation mode. Raises UserError for what an operator can get wrong."""
 
+    lanes = 1
+
     def __init__(self, spec: ModelSpec) -> None:
         if spec.task == "steps":
             spec = replace(spec, task="token" if saved_as(load_config(spec), "ForTokenClassification") else "sequence")

@@ -59,6 +59,12 @@ class ModelRunner(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
+    @property
+    def lanes(self) -> int:
+        """Batches that may run at once: the number of replicas."""
+        ...
+
     def run(self, rows: Sequence[Row]) -> list[Output]:
-        """An output for each row, in order; called from one thread at a time. An exception fails all rows."""
+        """An output for each row, in order; called from as many threads as there are lanes. An exception fails all
+        rows."""
         ...

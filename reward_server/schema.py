@@ -153,13 +153,15 @@ class AttentionOptionsBody(Body):
 class Item(Body):
     """One response to score. Which fields are needed is a matter of the source: what is missing fails the item.
 
-    `id` comes back with the result; results are in the order of the items, and ids need not be unique.
+    `id` comes back with the result; results are in the order of the items, and ids need not be unique. `text` is prompt
+    and response in one, as a client renders them for a reward model of its own; it stands in the place of both.
     """
 
     id: Annotated[str, Field(max_length=512)]
     prompt: str | None = None
     messages: tuple[Message, ...] | None = None
     response: str | None = None
+    text: str | None = None
     response_ids: tuple[TokenId, ...] | None = None
     eos_ids: tuple[TokenId, ...] = ()
     reference: str | None = None
@@ -173,6 +175,8 @@ class Item(Body):
     def _one_prompt(self) -> Self:
         if self.prompt is not None and self.messages is not None:
             raise ValueError("an item has either `prompt` or `messages`, not both")
+        if self.text is not None and (self.prompt, self.messages, self.response) != (None, None, None):
+            raise ValueError("an item has either `text` or prompt and response, not both")
         return self
 
 

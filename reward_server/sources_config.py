@@ -10,14 +10,10 @@ from services.config_base import Section
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class SourceBase(Section):
-    """What every source has: its part in the combination, `weight * clip(scale * value + offset)`."""
+class Summand(Section):
+    """The part of a value in the combination, `weight * clip(scale * value + offset)`."""
 
     weight: Weight = Field(default=1.0, description="Factor of this source in the combined reward; may be negative.")
-    required: bool = Field(
-        default=True,
-        description="A required source that failed fails the item; an optional one is left out and flagged.",
-    )
     offset: Weight = Field(default=0.0, description="Added to the scaled value; a constant of the recipe.")
     scale: Weight = Field(default=1.0, description="Multiplies the source's value, before the offset.")
     clip: tuple[Weight, Weight] | None = Field(
@@ -29,6 +25,15 @@ class SourceBase(Section):
         if self.clip is not None and self.clip[0] > self.clip[1]:
             raise ValueError(f"clip must be [lowest, highest], got {list(self.clip)}")
         return self
+
+
+class SourceBase(Summand):
+    """What every source has."""
+
+    required: bool = Field(
+        default=True,
+        description="A required source that failed fails the item; an optional one is left out and flagged.",
+    )
 
 
 class AttentionSource(SourceBase):

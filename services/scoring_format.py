@@ -249,6 +249,14 @@ def encode_text(tokenizer: Any, form: ScorerFormat, text: str) -> tuple[int, ...
     return _tokens(tokenizer, form, text)[0]
 
 
+def encode_rendered(tokenizer: Any, form: ScorerFormat, example: Example, max_tokens: int | None = None) -> Encoded:
+    """An example whose response is the whole input as a client rendered it. Raises InputTooLong."""
+    ids = encode_text(tokenizer, form, example.response)
+    if len(ids) > _allowed(form, max_tokens):
+        raise InputTooLong(len(ids), _allowed(form, max_tokens))
+    return Encoded(ids)
+
+
 def split_steps(text: str, rule: StepRule) -> tuple[tuple[int, int], ...]:
     """(first character, end) of each step, white space around it left out."""
     if rule.by == "marker":

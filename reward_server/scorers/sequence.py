@@ -22,7 +22,7 @@ from reward_server.scorers.models import Asked, Loaded, ModelScorer, limited, lo
 from reward_server.scorers.symbolic import words
 from services.errors import UserError
 from services.principles import PrincipleSet, draw
-from services.scoring_format import Example, ScorerFormat, encode, read_format
+from services.scoring_format import Example, ScorerFormat, encode, encode_rendered, read_format
 
 
 def format_of(name: str, source: AnySequenceSource) -> ScorerFormat:
@@ -77,7 +77,11 @@ def _prepare(source: AnySequenceSource, loaded: Loaded, form: ScorerFormat, item
         if not item.facts:
             raise ItemFailure(ErrorCode.MISSING_FACTS, "this source needs `facts`")
         facts = item.facts
-    encoded = loaded.encoded(encode, form, Example(prompt_turns(item), response_text(item), facts=facts))
+    if item.text is None or facts:
+        example = Example(prompt_turns(item), response_text(item), facts=facts)
+        encoded = loaded.encoded(encode, form, example)
+    else:  # rendered by the client: nothing in it is known to be the prompt's, so nothing is cut
+        encoded = loaded.encoded(encode_rendered, form, Example((), item.text))
 
     def finish(outputs: list[Output]) -> Scored:
         value, detail = _value(outputs[0], form)

@@ -18,8 +18,9 @@ class Lengths:
 
     facts = ModelFacts("sequence", "1", None, ("score",))
 
-    def __init__(self, seconds: float = 0.0) -> None:
+    def __init__(self, seconds: float = 0.0, lanes: int = 1) -> None:
         self.seconds = seconds
+        self.lanes = lanes
         self.batches: list[list[int]] = []
         self.threads: set[str] = set()
 
@@ -134,3 +135,11 @@ def test_what_the_model_raises_is_raised_and_the_queue_lives_on() -> None:
         return await batcher.submit([row(2)])
 
     assert asyncio.run(go()) == [[[2.0]]]
+
+
+def test_replicas_run_batches_side_by_side() -> None:
+    started = time.monotonic()
+    batcher = MicroBatcher(Lengths(0.5, lanes=4), tokens=10, wait_s=0)
+    outputs = asyncio.run(batcher.submit([row(10) for _ in range(4)]))
+    assert outputs == [[[10.0]]] * 4
+    assert time.monotonic() - started < 1.5  # one after the other, two seconds

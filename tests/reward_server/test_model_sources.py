@@ -148,6 +148,17 @@ def test_a_held_out_logit_is_fed_as_scorer_json_says(scoring_models: Any, tmp_pa
         scorer_of(kind="preference", model=path)
 
 
+def test_a_text_that_the_client_rendered_is_scored_as_it_is(scoring_models: Any) -> None:
+    path = scoring_models["sequence"]
+    chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    text = tokenizer_of(path).apply_chat_template(chat, tokenize=False)
+    scorer = scorer_of(kind="preference", model=path)
+    (rendered,) = asyncio.run(scorer.score([Item(id="a", text=text)]))
+    assert rendered.component.value == pytest.approx(value(scorer), abs=NEAR)
+    (long,) = asyncio.run(scorer.score([Item(id="a", text=" city" * 800)]))
+    assert long.component.error.code == "input_too_long"
+
+
 def test_facts_stand_before_the_question_and_a_wrong_answer_costs(scoring_models: Any) -> None:
     path = scoring_models["sequence"]
     scorer = scorer_of(kind="facts", model=path, correctness_penalty=2.0)
