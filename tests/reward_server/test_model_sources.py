@@ -329,3 +329,33 @@ def test_weights_that_are_no_safetensors_are_not_read(scoring_models: Any, tmp_p
     (path / "evil.py").write_text("raise SystemExit('code of the model ran')")
     with pytest.raises(UserError, match="no model"):
         scorer_of(kind="preference", model=path)
+
+
+def test_every_source_with_a_model_scores_over_http_side_by_side(serving: Any, scoring_models: Any) -> None:
+    models = {name: str(path) for name, path in scoring_models.items()}
+    judge = {"kind": "judge", "model": models["causal"], "min_mass": 0.0}
+    client = serving(
+        sources={
+            "preference": {"kind": "preference", "model": models["sequence"]},
+            "absolute": {"kind": "absolute", "model": models["other"]},
+            "principle": {"kind": "principle", "model": models["sequence"]},
+            "facts": {"kind": "facts", "model": models["trunk"]},
+            "process": {"kind": "process", "model": models["token"]},
+            "perplexity": {"kind": "perplexity", "model": models["causal"]},
+            "judge": judge,
+            "rating": {**judge, "mode": "rate"},
+        }
+    )
+    assert client.get("/readyz").status_code == 200, client.get("/readyz").text
+    item = {"id": "a", "prompt": QUESTION, "response": ANSWER, "reference": "Rome", "facts": ["Rome is old."]}
+    cut = {**item, "id": "b", "prompt": " city" * 900}
+    answer = client.post("/v1/rewards", json={"items": [item, cut]}).json()
+    whole, shorter = answer["results"]
+    values = {name: component["value"] for name, component in whole["components"].items()}
+    assert len(set(values.values())) == len(values) == 8
+    assert whole["reward"] == pytest.approx(sum(values.values()) - 2 * values["perplexity"])
+    assert "prompt_truncated" not in whole["flags"]
+    assert shorter["status"] == "ok", shorter
+    assert "prompt_truncated" in shorter["flags"]
+    revisions = {name: source["revision"] for name, source in answer["server"]["sources"].items()}
+    assert len(set(revisions.values())) == 8
