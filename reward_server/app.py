@@ -1,8 +1,9 @@
 """The scoring service as an ASGI app, without a transport: uvicorn, a Ray actor, Ray Serve and a test client serve the
 same one.
 
-Routes: POST /v1/rewards and those of the adapters, GET /livez, /readyz, /metrics, /openapi.json. Every route but /livez
-needs a key where there is one. Prompts and responses never reach a log, nor the text of a refusal.
+Routes: POST /v1/rewards, /v1/interventions and those of the adapters, GET /livez, /readyz, /metrics, /openapi.json.
+Every route but /livez needs a key where there is one. Prompts and responses never reach a log, nor the text of a
+refusal.
 """
 
 from collections.abc import Mapping
@@ -19,16 +20,17 @@ from reward_server.adapters import FORMATS
 from reward_server.answering import Answering, Asked, Format, for_adapters
 from reward_server.config import RewardSection
 from reward_server.gate import Gate
+from reward_server.interventions import add_route
 from reward_server.keys import KeyRing, load_keys
 from reward_server.metrics import Metrics
 from reward_server.openapi import NATIVE, document
 from reward_server.problems import Path, Refusal, field_problem, invalid, refusal_of
 from reward_server.schema import RewardRequest, RewardResponse
-from reward_server.scorers import Scorer
+from reward_server.scorers.base import Scorer
 from reward_server.service import ScoringService
 
 ROUTES = (
-    NATIVE, "/livez", "/readyz", "/metrics", "/openapi.json", "/seed_session",
+    NATIVE, "/v1/interventions", "/livez", "/readyz", "/metrics", "/openapi.json", "/seed_session",
     *(path for form in FORMATS for path in form.paths),
 )  # fmt: skip
 
@@ -68,6 +70,8 @@ def create_app(
     async def seed_session() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]
         """NeMo Gym asks for a session before a rollout; scoring keeps none."""
         return {}
+
+    add_route(app, service.interventions, authenticated=keys.asks)
 
     @app.get("/livez")
     async def livez() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]

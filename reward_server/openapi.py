@@ -14,6 +14,7 @@ from reward_server.adapters import FORMATS
 from reward_server.answering import DEADLINE, LONGEST_DEADLINE_MS
 from reward_server.idempotency import HEADER as IDEMPOTENCY_KEY
 from reward_server.idempotency import LONGEST_KEY
+from reward_server.interventions import Intervention, InterventionsAnswer
 from reward_server.schema import ErrorResponse, RewardRequest, RewardResponse
 
 NATIVE = "/v1/rewards"
@@ -27,7 +28,6 @@ def document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
     """The document of an app; `keys`: its routes ask for one."""
     found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas: dict[str, Any] = found.setdefault("components", {}).setdefault("schemas", {})
-    schemas.clear()
     _describe(
         found["paths"][NATIVE]["post"], schemas, "", RewardRequest, RewardResponse, REFUSALS,
         "Scores items with the recipe's sources. Failures are per item, with status 200.",
@@ -41,6 +41,11 @@ def document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
             operation["parameters"].append(
                 _parameter("sources", "query", {"type": "string"}, "Sources to ask, with commas; absent: all.")
             )
+    _describe(
+        found["paths"]["/v1/interventions"]["post"], schemas, "", Intervention, InterventionsAnswer,
+        (401, 403, 404, 408, 409, 413, 422, 500), "Adds a principle that every item is judged by from now on.",
+    )  # fmt: skip
+    found["paths"]["/v1/interventions"]["post"].pop("parameters")  # it is not scoring
     refused = _reference(ErrorResponse, schemas, "", "serialization")
     ready = found["paths"]["/readyz"]["get"]["responses"]
     ready["503"] = _answer(HTTPStatus.SERVICE_UNAVAILABLE, refused)

@@ -94,13 +94,12 @@ def test_the_scoring_example_is_scored_and_the_options_example_is_a_section():
     text = (ROOT / "docs" / "reward-server.md").read_text()
     example = re.search(r"-d '(\{.*?\})'", text, flags=re.DOTALL)
     assert example
-    client = TestClient(create_app(load_reward_section(REWARD_RECIPES[0])))
+    client = TestClient(create_app(load_reward_section(ROOT / "recipes" / "reward" / "attention.yaml")))
     answer = client.post("/v1/rewards", json=json.loads(example.group(1)))
     assert answer.status_code == 200
     assert answer.json()["results"][0]["status"] == "ok"
-    blocks = re.findall(
-        r"^    reward:\n(?:     .*\n)+", (ROOT / "docs" / "attention-reward.md").read_text(), re.MULTILINE
-    )
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("attention-reward.md", "rewards.md"))
+    blocks = re.findall(r"^    reward:\n(?:     .*\n)+", text, re.MULTILINE)
     assert blocks
     for block in blocks:
         RewardSection.model_validate(yaml.safe_load(block)["reward"])

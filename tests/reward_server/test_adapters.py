@@ -15,7 +15,7 @@ import pytest
 
 from reward_server.config import RewardSection
 from reward_server.schema import Component, ErrorCode, Item, failed_component
-from reward_server.scorers import Scored
+from reward_server.scorers.base import Scored
 from reward_server.serve import RewardServer
 
 KEY = "attune-key"

@@ -19,7 +19,7 @@ from reward_server.client import RewardClient, RewardRefused, RewardUnavailable,
 from reward_server.config import RewardSection
 from reward_server.rewardbench import count_pairs
 from reward_server.schema import Component, ErrorCode, Item, Result, failed_component
-from reward_server.scorers import Scored
+from reward_server.scorers.base import Scored
 from reward_server.serve import RewardServer
 
 SOURCES = {

@@ -17,7 +17,7 @@ from reward_server.app import create_app
 from reward_server.config import RewardSection
 from reward_server.keys import KeyRing, key_of, load_keys, make_key
 from reward_server.schema import Component, Item
-from reward_server.scorers import Scored
+from reward_server.scorers.base import Scored
 from reward_server.serve import RewardServer
 from services.errors import UserError
 

@@ -21,7 +21,7 @@ from reward_server.config import RewardSection
 from reward_server.keys import make_key
 from reward_server.logs import JsonFormatter, where
 from reward_server.schema import Component, Item
-from reward_server.scorers import Scored
+from reward_server.scorers.base import Scored
 
 SECRET = "hunter2"
 TEXTS = {"prompt": f"p {SECRET}", "response": f"r {SECRET}"}

@@ -23,7 +23,7 @@ from schemathesis.checks import (
 from reward_server.app import create_app
 from reward_server.config import RewardSection
 from reward_server.schema import Component, Item
-from reward_server.scorers import Scored
+from reward_server.scorers.base import Scored
 
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = ROOT / "docs" / "openapi" / "reward_server.json"

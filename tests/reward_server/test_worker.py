@@ -10,7 +10,7 @@ import pytest
 from reward_server.client import RewardClient
 from reward_server.config import RewardSection, WorkerSection
 from reward_server.schema import Component, ErrorCode, Item, failed_component
-from reward_server.scorers import Scored
+from reward_server.scorers.base import Scored
 from reward_server.serve import RewardServer
 from reward_server.worker import ScoringOutage, ScoringRefused, ScoringWorker, group_items
 from services.records import Attention, Failure, Group, Message, PolicyVersion, Prompt, Sample
