@@ -4,7 +4,7 @@ sigmoid.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import Discriminator, Field, Tag
 
@@ -29,7 +29,7 @@ Entry = Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
 
 
 def _form(value: Any) -> str:
-    entries: Sequence[Any] = value if isinstance(value, list | tuple) else ()
+    entries = cast("Sequence[Any]", value) if isinstance(value, list | tuple) else ()
     return PAIR_TAG if entries and isinstance(entries[0], str) else one_or_many(value)
 
 
