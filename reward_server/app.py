@@ -91,8 +91,9 @@ def create_app(
         """Prometheus' text format."""
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def refused(_: Request, refusal: Exception) -> Response:
+    async def refused(request: Request, refusal: Exception) -> Response:
         assert isinstance(refusal, Refusal)
+        request.scope["state"]["code"] = refusal.body.error.code
         return refusal.response()
 
     async def http_error(_: Request, error: Exception) -> Response:

@@ -27,7 +27,7 @@ _GOOD_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 class Gate:
     """ASGI middleware. `scope["state"]` gets `allowance` (whose key it is), `arrived` (seconds, monotonic) and takes
-    `items` (how many the request has, for the log)."""
+    `items` (how many the request has) and `code` (of a refusal) for the log."""
 
     def __init__(
         self, app: ASGIApp, keys: KeyRing, metrics: Metrics, routes: Collection[str], *, tells_id: bool
@@ -94,8 +94,7 @@ class Gate:
         fields: dict[str, Any] = {"method": scope["method"], "route": route, "status": status}
         if allowance is not None and allowance.name:
             fields["key"] = allowance.name
-        if "items" in scope["state"]:
-            fields["items"] = scope["state"]["items"]
+        fields.update((name, scope["state"][name]) for name in ("items", "code") if name in scope["state"])
         access.info("%s %s", route, status, extra={"fields": {**fields, "seconds": round(seconds, 6)}})
 
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.responses import Response
 
-from reward_server.schema import ROWS_TAG, STATISTICS_TAG, ErrorResponse, FieldProblem, Problem
+from reward_server.schema import ErrorResponse, FieldProblem, Problem
 
 MOST_FIELDS = 20
 """Fields that one refusal names."""
@@ -83,7 +83,7 @@ def refusal_of(error: ValidationError, body: bytes) -> Refusal:
 
 
 def request_path(loc: Sequence[str | int], value: Any) -> Path:
-    """A validator's location as a path in the request: the names of union branches are left out.
+    """A validator's location as a path in the request: the tags of union branches, `<so>`, are left out.
 
     A step that is not in the request is kept where it names a missing field.
     """
@@ -93,7 +93,7 @@ def request_path(loc: Sequence[str | int], value: Any) -> Path:
         if inside:
             path.append(step)
             value = next_value
-        elif step in (STATISTICS_TAG, ROWS_TAG):
+        elif isinstance(step, str) and step.startswith("<") and step.endswith(">"):
             continue
         else:
             if isinstance(value, dict) and i == len(loc) - 1:

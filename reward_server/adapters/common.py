@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from reward_server.config import AdaptersSection
 from reward_server.schema import Item
@@ -21,6 +21,17 @@ class Told(BaseModel):
     """An answer, or a part of one, in another's format."""
 
     model_config = ConfigDict(frozen=True)
+
+
+ONE_TAG, MANY_TAG = "<one>", "<many>"
+
+
+def one_or_many(value: Any) -> str:
+    """Which branch of a union a value belongs to, a text or a list, so that a refusal names what is wrong in it."""
+    return ONE_TAG if isinstance(value, str) else MANY_TAG
+
+
+Texts = Annotated[Annotated[str, Tag(ONE_TAG)] | Annotated[tuple[str, ...], Tag(MANY_TAG)], Discriminator(one_or_many)]
 
 
 def _label(value: Any) -> Any:

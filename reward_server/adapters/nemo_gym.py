@@ -6,11 +6,11 @@ reasoning are no text. `reference`, or `expected_answer` in its place, is what `
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, Discriminator, JsonValue, Tag
 
-from reward_server.adapters.common import Told, without_end
+from reward_server.adapters.common import MANY_TAG, ONE_TAG, Told, one_or_many, without_end
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
 from reward_server.problems import Path, field_problem, invalid
@@ -33,7 +33,10 @@ class Entry(Open):
 
     type: str = "message"
     role: str | None = None
-    content: str | tuple[Part, ...] | None = None
+    content: (
+        Annotated[Annotated[str, Tag(ONE_TAG)] | Annotated[tuple[Part, ...], Tag(MANY_TAG)], Discriminator(one_or_many)]
+        | None
+    ) = None
 
     def text(self) -> str:
         """The text of a message; empty for anything else."""
@@ -45,7 +48,9 @@ class Entry(Open):
 
 
 class Parameters(Open):
-    input: str | tuple[Entry, ...]
+    input: Annotated[
+        Annotated[str, Tag(ONE_TAG)] | Annotated[tuple[Entry, ...], Tag(MANY_TAG)], Discriminator(one_or_many)
+    ]
     instructions: str | None = None
 
 

@@ -7,7 +7,17 @@ from typing import Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from reward_server.adapters.common import Foreign, Told, Usage, as_list, descending, pair_item, sigmoid, without_end
+from reward_server.adapters.common import (
+    Foreign,
+    Texts,
+    Told,
+    Usage,
+    as_list,
+    descending,
+    pair_item,
+    sigmoid,
+    without_end,
+)
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
 from reward_server.problems import Path
@@ -20,7 +30,7 @@ class Request(Foreign):
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["documents"]}, {"required": ["texts"]}]})
 
     query: str
-    documents: str | tuple[str, ...] | None = None
+    documents: Texts | None = None
     texts: tuple[str, ...] | None = None
     model: str | None = None
     top_n: int = Field(0, ge=0)

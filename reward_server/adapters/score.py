@@ -8,13 +8,12 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, model_validator
 
-from reward_server.adapters.common import Foreign, Told, Usage, as_list, pair_item, sigmoid, without_end
+from reward_server.adapters.common import Foreign, Texts, Told, Usage, as_list, pair_item, sigmoid, without_end
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
 from reward_server.problems import Path
 from reward_server.schema import Item
 
-Texts = str | tuple[str, ...] | None
 NAMES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 """Under which names clients send the two sides."""
 
@@ -24,13 +23,13 @@ class Request(Foreign):
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": list(names)} for names in NAMES]})
 
-    text_1: Texts = None
-    text_2: Texts = None
-    queries: Texts = None
-    documents: Texts = None
-    items: Texts = None
-    data_1: Texts = None
-    data_2: Texts = None
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    queries: Texts | None = None
+    documents: Texts | None = None
+    items: Texts | None = None
+    data_1: Texts | None = None
+    data_2: Texts | None = None
     model: str | None = None
     use_activation: bool | None = None
     truncate_prompt_tokens: None = None

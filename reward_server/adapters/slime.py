@@ -4,8 +4,11 @@ The client sends one sample at a time and tries ten times, with growing pauses, 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
-from reward_server.adapters.common import Foreign, Label, pair_item, without_end
+from pydantic import Discriminator, Tag
+
+from reward_server.adapters.common import MANY_TAG, ONE_TAG, Foreign, Label, one_or_many, pair_item, without_end
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
 from reward_server.schema import Item, Message
@@ -17,7 +20,9 @@ class Turn(Foreign):
 
 
 class Request(Foreign):
-    prompt: str | tuple[Turn, ...]
+    prompt: Annotated[
+        Annotated[str, Tag(ONE_TAG)] | Annotated[tuple[Turn, ...], Tag(MANY_TAG)], Discriminator(one_or_many)
+    ]
     response: str
     label: Label = None
 

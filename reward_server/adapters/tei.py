@@ -4,22 +4,42 @@ sigmoid.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any, cast
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from reward_server.adapters.common import Foreign, Told, pair_item, sigmoid, text_item, without_end
+from reward_server.adapters.common import (
+    MANY_TAG,
+    ONE_TAG,
+    Foreign,
+    Told,
+    one_or_many,
+    pair_item,
+    sigmoid,
+    text_item,
+    without_end,
+)
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
 from reward_server.problems import Path
 from reward_server.schema import Item
 
-Text = tuple[str]
-Pair = tuple[str, str]
+PAIR_TAG = "<pair>"
+Entry = Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+
+
+def _form(value: Any) -> str:
+    entries = cast("Sequence[Any]", value) if isinstance(value, list | tuple) else ()
+    return PAIR_TAG if entries and isinstance(entries[0], str) else one_or_many(value)
 
 
 class Request(Foreign):
-    inputs: str | Pair | tuple[Text | Pair, ...]
+    inputs: Annotated[
+        Annotated[str, Tag(ONE_TAG)]
+        | Annotated[tuple[str, str], Tag(PAIR_TAG)]
+        | Annotated[tuple[Entry, ...], Tag(MANY_TAG)],
+        Discriminator(_form),
+    ]
     raw_scores: bool = False
     truncate: bool | None = None
 

@@ -8,13 +8,11 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from reward_server.adapters.common import Foreign, Told, Usage, as_list, sigmoid, text_item
+from reward_server.adapters.common import Foreign, Texts, Told, Usage, as_list, sigmoid, text_item
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
 from reward_server.problems import Path
 from reward_server.schema import Item
-
-Texts = str | tuple[str, ...]
 
 
 class ClassifyRequest(Foreign):

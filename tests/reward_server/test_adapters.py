@@ -264,6 +264,15 @@ def test_vllm_rerank(address: str) -> None:
     assert refused(address, "rerank", {**body, "documents": ["a", ""]}) == {"documents[1]": "empty_response"}
 
 
+def test_what_would_have_to_be_fetched_is_refused(address: str) -> None:
+    image = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}}
+    assert "documents[1]" in refused(address, "rerank", {"query": "p", "documents": ["a", {"content": [image]}]})
+    assert "text_2" in refused(address, "score", {"text_1": "p", "text_2": {"content": [image]}})
+    seen = nemo_gym("a b")
+    seen["responses_create_params"]["input"].append({"role": "user", "content": [{**image, "type": "input_image"}]})
+    assert said(address, "verify", seen)["reward"] == 1.0  # no text, and nobody looks at it
+
+
 def test_vllm_reads_its_own_formats(address: str) -> None:
     """The answers have every field that vLLM's own have and its clients may read."""
     classify = said(address, "classify", CLASSIFY)
@@ -288,6 +297,16 @@ def test_tei(address: str) -> None:
     assert ranks == [{"index": 1, "score": 1.0, "text": "a b"}, {"index": 0, "score": 0.5, "text": "a"}]
     assert said(address, "rerank", {"query": "p", "texts": []}) == []
     assert refused(address, "rerank", {"query": "p", "texts": [], "documents": []}) == {"body": "value_error"}
+
+
+def test_a_wrong_entry_of_a_list_is_named(address: str) -> None:
+    assert set(refused(address, "classify", {"input": ["a", 3]})) == {"input[1]"}
+    assert set(refused(address, "predict", {"inputs": [["a", "b"], ["a", "b", "c"]]})) == {"inputs[1]"}
+    assert set(refused(address, "predict", {"inputs": ["a", "b", "c"]})) == {"inputs"}
+    assert set(refused(address, "slime", {"prompt": [{"role": "user"}], "response": "r"})) == {"prompt[0].content"}
+    wrong = nemo_gym("a")
+    wrong["response"]["output"][2]["content"][0]["text"] = 7
+    assert set(refused(address, "verify", wrong)) == {"response.output[2].content[0].text"}
 
 
 # NeMo Gym: the rollout in OpenAI's form of responses; the answer has what was sent, and the reward

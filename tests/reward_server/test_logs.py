@@ -101,6 +101,8 @@ def test_what_was_sent_is_in_no_log(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert key not in server
     assert "source attention failed: ValueError at " in server
     assert server.count("reward_server.access") == 25
+    codes = [record.fields["code"] for record in caplog.records if "code" in getattr(record, "fields", {})]  # type: ignore[attr-defined]
+    assert {"invalid_request", "too_large", "deadline_exceeded", "source_error"} <= set(codes)
 
 
 def test_what_nobody_caught_is_a_500_without_its_words(
