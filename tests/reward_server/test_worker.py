@@ -100,7 +100,9 @@ def test_groups_come_back_scored() -> None:
             assert new.scores["match"].value == 1.0
             assert new.reward is not None
             assert new.reward.value == new.scores["attention"].value + 2.0
-            assert new.reward.detail == {"recipe_revision": section.recipe_revision()}
+            # Of two values the deviation is half their distance; a weight is no part of it.
+            half = pytest.approx(abs(new.scores["attention"].value - 1.0) / 2)
+            assert new.reward.detail == {"recipe_revision": section.recipe_revision(), "disagreement": half}
             assert "mass_mean" in new.scores["attention"].detail
             assert new.model_copy(update={"scores": {}, "reward": None}) == old
         assert Group.model_validate_json(after.model_dump_json()) == after
