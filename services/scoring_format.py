@@ -148,7 +148,7 @@ class InputTooLong(Exception):  # noqa: N818 - what it is
 
 
 class TemplateRefused(Exception):  # noqa: N818
-    """The chat template does not take this conversation."""
+    """The chat template does not take this conversation, or leaves nothing of the response that could be found."""
 
 
 _PLACES = re.compile(r"\{(prompt|response)\}")
@@ -363,6 +363,8 @@ def fit(
         ids = write(fitted)
         if len(ids) <= allowed:
             return fitted, Encoded(ids, (PROMPT_TRUNCATED,) if dropped else ())
+        if not getattr(tokenizer, "is_fast", False):  # one without offsets: where a token begins is not known
+            raise InputTooLong(len(ids), allowed)
         sizes = [_starts(tokenizer, turn.content) for turn in turns]
         spare = sum(len(size) for size in sizes) - MIN_PROMPT_TOKENS
         if dropped >= spare:
@@ -388,8 +390,6 @@ def _allowed(form: ScorerFormat, max_tokens: int | None) -> int:
 
 def _starts(tokenizer: Any, content: str) -> list[int]:
     """The first character of each token of a message's content."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError("an input that is too long for the model is cut by a tokenizer with offsets (a fast one)")
     offsets = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [int(start) for start, _ in offsets]
 
@@ -419,10 +419,12 @@ def _response_in(tokenizer: Any, form: ScorerFormat, example: Example, text: str
     for shown in dict.fromkeys((response, response.rstrip(), response.lstrip(), response.strip())):
         if len(rest) == 1 and text == before + shown + rest[0]:
             return len(before), shown
-    raise UserError("input_template: the chat template rewrites the response, so that its steps cannot be located")
+    raise TemplateRefused("the chat template rewrites the response, so that its steps cannot be located")
 
 
 def _last_token(offsets: Sequence[tuple[int, int]], start: int, end: int) -> int:
     """The token that has the character before `end`."""
     found = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and a < b]
+    if not found:
+        raise TemplateRefused("the tokenizer leaves nothing of the response's first step")
     return found[-1]

@@ -13,7 +13,7 @@ from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Output, Row
 from reward_server.schema import ErrorCode, Item
 from reward_server.scorers.base import ItemFailure, Scored, failed
 from services.errors import UserError
-from services.scoring_format import Example, InputTooLong, ScorerFormat, TemplateRefused
+from services.scoring_format import CHAT, Example, InputTooLong, ScorerFormat, TemplateRefused
 
 T = TypeVar("T")
 
@@ -64,8 +64,18 @@ def load(name: str, source: ModelSource | JudgeSource, task: Task, runner: Model
     return Loaded(tokenizer, batcher)
 
 
-def limited(loaded: Loaded, form: ScorerFormat, source: ModelSource) -> ScorerFormat:
-    """The format with the longest input that recipe, tokenizer and model allow (the model's own is laid on later)."""
+def limited(name: str, loaded: Loaded, form: ScorerFormat, source: ModelSource) -> ScorerFormat:
+    """The format with the longest input that recipe, tokenizer and model allow (the model's own is laid on later).
+
+    Raises UserError where the tokenizer cannot write what the format asks for.
+    """
+    if form.input_template == CHAT and getattr(loaded.tokenizer, "chat_template", None) is None:
+        raise UserError(
+            f"reward.sources.{name}.input_template: {source.model} has no chat template: give a text with {{prompt}} "
+            "and {response}"
+        )
+    if form.kind == "process" and not getattr(loaded.tokenizer, "is_fast", False):
+        raise UserError(f"reward.sources.{name}.model: {source.model} has no tokenizer with offsets (a fast one)")
     limits = [form.max_tokens]
     if source.max_tokens is not None:
         limits = [source.max_tokens]
@@ -108,9 +118,12 @@ class ModelScorer:
 
     def _prepared(self, item: Item) -> Asked | Scored:
         try:
-            return self.prepare(item)
+            asked = self.prepare(item)
+            if not all(row.ids for row in asked.rows):
+                raise ItemFailure(ErrorCode.EMPTY_RESPONSE, "the input has no tokens")
         except ItemFailure as failure:
             return failed(failure)
+        return asked
 
 
 def _finished(asked: Asked, outputs: list[Output]) -> Scored:

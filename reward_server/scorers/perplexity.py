@@ -10,8 +10,8 @@ import math
 
 from reward_server.model_sources_config import PerplexitySource
 from reward_server.runner import ModelRunner, Output, Row
-from reward_server.schema import Item
-from reward_server.scorers.base import Scored, Scorer, ok, prompt_turns, response_text, revision_of
+from reward_server.schema import ErrorCode, Item
+from reward_server.scorers.base import ItemFailure, Scored, Scorer, ok, prompt_turns, response_text, revision_of
 from reward_server.scorers.models import Asked, ModelScorer, limited, load
 from services.scoring_format import CHAT, Example, ScorerFormat, encode_continuation
 
@@ -26,13 +26,15 @@ def perplexity_scorer(name: str, source: PerplexitySource, *, runner: ModelRunne
         strip_bos=source.strip_bos is not False,
         max_tokens=2**31 - 1,
     )
-    form = limited(loaded, form, source)
+    form = limited(name, loaded, form, source)
 
     def prepare(item: Item) -> Asked:
         example = Example(prompt_turns(item), response_text(item))
         encoded, start = loaded.encoded(encode_continuation, form, example)
         # Without a token before it, the first token of the response has no probability.
         at = tuple(range(max(start, 1), len(encoded.ids)))
+        if not at:
+            raise ItemFailure(ErrorCode.EMPTY_RESPONSE, "the response has no token with one before it")
 
         def finish(outputs: list[Output]) -> Scored:
             (logs,) = outputs[0]

@@ -34,7 +34,7 @@ def process_scorer(name: str, source: ProcessSource, *, runner: ModelRunner | No
     form = ScorerFormat.model_validate({**form.model_dump(), **given})
     loaded = load(name, source, "steps", runner)
     by_token = loaded.facts.task == "token"
-    form = limited(loaded, form, source)
+    form = limited(name, loaded, form, source)
     log_p = log_probability_of(name, loaded.facts.labels, source.neutral)
 
     def prepare(item: Item) -> Asked:

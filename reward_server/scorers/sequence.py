@@ -58,7 +58,7 @@ def sequence_scorer(
         raise UserError(
             f"reward.sources.{name}.model: {source.model} has {len(loaded.facts.labels)} labels, a score is one number"
         )
-    form = limited(loaded, form, source)
+    form = limited(name, loaded, form, source)
     more: dict[str, Any] = {
         "model": loaded.facts.revision,
         "format": form.model_dump(mode="json", exclude={"revision"}),

@@ -291,6 +291,34 @@ def test_what_is_wrong_with_an_item_fails_that_item(scoring_models: Any, item: A
     assert good.component.status == "ok"
 
 
+@pytest.mark.parametrize(("kind", "item"), [
+    ("preference", {"prompt": "", "response": "\u200b\u200b"}), ("perplexity", {"prompt": "", "response": "x"}),
+    ("process", {"response": "\u200b"}),
+])  # fmt: skip
+def test_an_input_that_comes_to_nothing_fails_alone(scoring_models: Any, kind: str, item: Any, tmp_path: Path) -> None:
+    """A tokenizer that leaves nothing of some texts, and a template that adds nothing."""
+    from tokenizers.normalizers import Replace, Sequence
+    from transformers import AutoTokenizer
+
+    model = {"preference": "sequence", "perplexity": "causal", "process": "token"}[kind]
+    path = shutil.copytree(scoring_models[model], tmp_path / "bare")
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    tokenizer.backend_tokenizer.normalizer = Sequence([Replace("\u200b", "")])
+    tokenizer.save_pretrained(path)
+    scorer = scorer_of(kind=kind, model=path, input_template="{prompt}{response}")
+    bad, good = scored(scorer, item, {})
+    assert bad.component.error.code in ("empty_response", "template_refused")
+    assert good.component.status == "ok"
+
+
+def test_a_tokenizer_without_a_chat_template_needs_a_template(scoring_models: Any, tmp_path: Path) -> None:
+    path = shutil.copytree(scoring_models["sequence"], tmp_path / "bare")
+    (path / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="input_template"):
+        scorer_of(kind="preference", model=path)
+    assert math.isfinite(value(scorer_of(kind="preference", model=path, input_template="{prompt} {response}")))
+
+
 def test_a_number_that_is_none_fails_the_item(scoring_models: Any, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
