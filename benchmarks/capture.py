@@ -1,8 +1,10 @@
-"""vLLM with capture against vLLM without, and against transformers with `output_attentions`, in one process.
+"""vLLM with capture against vLLM without, and against transformers with `output_attentions`, side by side.
 
 One model of over 50M parameters (float32, grouped-query attention), random weights and prompts, 32 requests at once.
-A round times generation without capture, with the last layer and with the last three, in turn; the figures are medians
-of the rounds' ratios. Every response has the same length, and prefixes are not shared.
+A round times generation without capture, with the last layer and with the last three, in turn; the ratios are medians
+of the rounds' own. Every response has the same length, and prefixes are not shared. transformers' eager attention runs
+in a process of its own, which vLLM has not touched, with as many threads. Peak memory is resident memory (GiB), of
+vLLM's process by what ran in it so far.
 
 `limit` is what reading the captured layers' keys once more would cost if bytes were all: bytes of a decode step without
 capture (weights, keys and values of all layers at the mean context) over the same with it.
@@ -11,7 +13,9 @@ capture (weights, keys and values of all layers at the mean context) over the sa
 import os
 import resource
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -30,6 +34,9 @@ class Shape:
     requests: int
     prompt: int
     response: int
+
+
+GRID = (Shape(8, 64, 32), Shape(32, 64, 32), Shape(8, 1024, 32), Shape(32, 1024, 32))
 
 
 def main() -> None:
@@ -71,30 +78,47 @@ def measure(directory: str, parameters: int, options: Options) -> dict[str, Any]
     rounds = 2 if options.quick else 5
     generate(llm, Shape(REQUESTS, 32, 8), 0, seed=10_000)  # warm up
     seconds: dict[int, list[float]] = {variant: [] for variant in VARIANTS}
-    peak: dict[str, float] = {}
+    peak: dict[int, float] = {}
     for number in range(rounds):
         for variant in VARIANTS[number % 3 :] + VARIANTS[: number % 3]:  # no variant is always the first
             seconds[variant].append(generate(llm, shape, variant, seed=number))
-            peak.setdefault(f"peak_gib_captured_{variant}", peak_gib())
+            peak.setdefault(variant, peak_gib())
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+        eager_s, eager_peak = apart.submit(eager, directory, shape, 1 if options.quick else 3).result()
     tokens = shape.requests * shape.response
-    result: dict[str, Any] = {"parameters": parameters, "shape": vars(shape), "rounds": rounds}
-    for variant in VARIANTS:
-        result[f"tokens_per_s_captured_{variant}"] = tokens / median(seconds[variant])
-        if variant:
-            ratios = [off / on for off, on in zip(seconds[0], seconds[variant], strict=True)]
-            result[f"ratio_last_{variant}"] = median(ratios)
-            result[f"limit_last_{variant}"] = byte_limit(parameters, shape, variant)
-    result.update(peak)
-    grid = [Shape(8, 64, 32), Shape(32, 64, 32), Shape(8, 1024, 32), Shape(32, 1024, 32)]
-    result["grid"] = [
-        {**vars(each), "ratio_last_1": generate(llm, each, 0, seed=77) / generate(llm, each, 1, seed=77)}
-        for each in (grid[:2] if options.quick else grid)
-    ]
-    eager_s = eager(directory, shape)
-    result["tokens_per_s_output_attentions"] = tokens / eager_s
-    result["peak_gib_output_attentions"] = peak_gib()
-    result["ratio_to_output_attentions"] = result["tokens_per_s_captured_1"] / result["tokens_per_s_output_attentions"]
-    return result
+    return {
+        "parameters": parameters,
+        "shape": vars(shape),
+        "rounds": rounds,
+        "tokens_per_s_off": tokens / median(seconds[0]),
+        "tokens_per_s_on": tokens / median(seconds[1]),
+        "tokens_per_s_on_3_layers": tokens / median(seconds[3]),
+        "tokens_per_s_eager": tokens / median(eager_s),
+        "on_off_ratio": ratio(seconds, 1),
+        "on_off_limit": byte_limit(parameters, shape, 1),
+        "on_off_ratio_3_layers": ratio(seconds, 3),
+        "on_off_limit_3_layers": byte_limit(parameters, shape, 3),
+        "eager_ratio": median(eager_s) / median(seconds[1]),
+        "peak_memory_off": peak[0],
+        "peak_memory_on": peak[1],
+        "peak_memory_on_3_layers": peak[3],
+        "peak_memory_eager": eager_peak,
+        "grid": [grown(llm, each, 1 if options.quick else 3) for each in GRID[: 2 if options.quick else 4]],
+    }
+
+
+def ratio(seconds: dict[int, list[float]], captured: int) -> float:
+    """Throughput with capture over that without, the median of the rounds."""
+    return median(off / on for off, on in zip(seconds[0], seconds[captured], strict=True))
+
+
+def grown(llm: Any, shape: Shape, rounds: int) -> dict[str, Any]:
+    """The last layer's cost at another shape."""
+    seconds: dict[int, list[float]] = {0: [], 1: []}
+    for number in range(rounds):
+        for variant in (0, 1) if number % 2 else (1, 0):
+            seconds[variant].append(generate(llm, shape, variant, seed=77 + number))
+    return {**vars(shape), "on_off_ratio": ratio(seconds, 1)}
 
 
 def byte_limit(parameters: int, shape: Shape, captured: int) -> float:
@@ -161,27 +185,30 @@ def generate(llm: Any, shape: Shape, captured: int, *, seed: int) -> float:
     return seconds
 
 
-def eager(directory: str, shape: Shape) -> float:
-    """Seconds of transformers' `generate` that returns every attention map."""
+def eager(directory: str, shape: Shape, rounds: int) -> tuple[list[float], float]:
+    """Seconds of each call of transformers' `generate` that returns every attention map, and peak memory (GiB)."""
     import torch
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
     model = loader.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
     ids = torch.tensor(prompts(shape, 0))
-    began = time.perf_counter()
-    with torch.inference_mode():
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=shape.response,
-            min_new_tokens=shape.response,
-            do_sample=True,
-            output_attentions=True,
-            return_dict_in_generate=True,
-            pad_token_id=0,
-        )
-    return time.perf_counter() - began
+    seconds: list[float] = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=shape.response,
+                min_new_tokens=shape.response,
+                do_sample=True,
+                output_attentions=True,
+                return_dict_in_generate=True,
+                pad_token_id=0,
+            )
+        seconds.append(time.perf_counter() - began)
+    return seconds, peak_gib()
 
 
 def peak_gib() -> float:

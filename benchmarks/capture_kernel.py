@@ -91,10 +91,13 @@ def measure(options: Options, device: torch.device) -> tuple[dict[str, Any], lis
         "rows": sum(len(case.contexts) for case in found),
         "errors": errors,
         "bounds": {dtype: {"statistics": bounds[0], "entropy": bounds[1]} for dtype, bounds in BOUNDS.items()},
+        "max_error": max(error for of_type in errors.values() for error in of_type.values()),
+        "bandwidth_share": None,  # nothing is measured in the interpreter
         "missed": len(missed),
     }
     if device.type == "cuda":
         results.update(timings(options, missed))
+        results["bandwidth_share"] = results["graph_share_of_copy"]
     return results, missed
 
 

@@ -70,7 +70,7 @@ class ClusterSection(Section):
     )
     step_s: float = Field(default=3600.0, gt=0, description="Deadline (s) for the learner's part of a step.")
     publish_s: float = Field(
-        default=300.0, gt=0, description="Deadline (s) for gathering and writing a set of weights."
+        default=300.0, gt=0, description="Deadline (s) for gathering and writing, or sending, a set of weights."
     )
     stop_s: float = Field(
         default=20.0,
@@ -80,10 +80,33 @@ class ClusterSection(Section):
     restarts: int = Field(
         default=3, ge=0, description="Rollout actors that may be replaced in a run before it ends with their error."
     )
+    weights: Literal["files", "collective"] = Field(
+        default="files",
+        description="How weights reach the rollout actors. `files`: buckets in `weights_dir`, read by each when it is "
+        "ready. `collective`: sent to all at once, over NCCL between GPUs and gloo otherwise; no file, and no shared "
+        "file system for it. The learner waits until the actors are there.",
+    )
+    rendezvous_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="`weights: collective`: deadline (s) for the actors to join a transfer. Under `weight_sync: wait` "
+        "they finish first what they generate.",
+    )
+    transfer_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="`weights: collective`: deadline (s) of each wait after that: a bucket, an answer.",
+    )
+    bucket_mib: float = Field(
+        default=256.0,
+        gt=0,
+        description="Weights that are gathered, and written or sent, at once (MiB); a larger tensor goes alone. Bounds "
+        "the memory that publishing takes; smaller buckets mean more collectives.",
+    )
     weights_dir: str | None = Field(
         default=None,
-        description="Where sets of weights are published for the rollout actors; null: shared memory. Several nodes "
-        "need a path that all of them see.",
+        description="`weights: files`: where sets of weights are published; null: shared memory. Several nodes need a "
+        "path that all of them see.",
     )
 
 

@@ -102,10 +102,10 @@ def check_reach(config: Config, nodes: int) -> None:
         raise UserError(
             f"stream.url: is null, and the cluster has {nodes} nodes; give the URL of a Redis that all of them reach"
         )
-    if config.cluster.weights_dir is None:
+    if config.cluster.weights == "files" and config.cluster.weights_dir is None:
         raise UserError(
             f"cluster.weights_dir: is null (shared memory), and the cluster has {nodes} nodes; give a path that all of "
-            "them see"
+            "them see, or set cluster.weights to 'collective'"
         )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
@@ -18,7 +17,8 @@ from services.attention.config import CaptureSection
 from services.attention.options import AttentionOptions
 from services.models import load_tokenizer
 from services.models_config import PolicySection
-from services.weights import MANIFEST
+
+NAME = "evaluator"
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class EvaluationWorker:
         self._prompts = prompts
         self._max_tokens = rollout.max_tokens
 
-    async def evaluate(self, manifest: str) -> tuple[dict[str, float], float]:
+    async def evaluate(self, published: str) -> tuple[dict[str, float], float]:
         """Loads published weights and measures them; returns the scalars and the figure that chooses."""
-        await self._engine.load_weights(manifest)
+        await self._engine.load_weights(published, NAME)
         result = await evaluate(
             self._engine,
             self._prompts,
@@ -78,7 +78,7 @@ class Evaluator:
         self._supervisor = supervisor
         self._tick = tick
         self._actor = Running(
-            "evaluator",
+            NAME,
             supervisor.actor(
                 EvaluationWorker,
                 part,
@@ -93,10 +93,13 @@ class Evaluator:
         )
         supervisor.others.append(self._actor)
 
-    def evaluate(self, weights: Path) -> Evaluation:
-        """Measures the weights published in a directory."""
+    def evaluate(self, published: str, serve: Callable[[], object] | None = None) -> Evaluation:
+        """Measures the weights of a manifest, or of an offer to NAME, which `serve` then sends."""
+        reference = self._actor.handle.evaluate.remote(published)
+        if serve is not None:
+            serve()
         scalars, value = self._supervisor.wait(
-            [self._actor.handle.evaluate.remote(str(weights / MANIFEST))],
+            [reference],
             [self._actor.name],
             what="the evaluation",
             seconds=self._config.cluster.step_s,

@@ -56,6 +56,8 @@ class Supervisor:
     rollouts: list[Running] = field(default_factory=list)
     learners: list[Running] = field(default_factory=list)
     others: list[Running] = field(default_factory=list)
+    on_death: Callable[[str], None] | None = None
+    """Told the name of every rollout actor that has died, before it is replaced."""
     _start_rollout: Callable[[str], Running] | None = None
     _rollouts_ever: int = 0
 
@@ -96,10 +98,22 @@ class Supervisor:
             return part_failed(part.name, error)
         return PartFailed(f"{part.name} ended before the run did")
 
+    def give_up(self, name: str, why: str) -> None:
+        """Ends a rollout actor that lives and does not answer, and replaces it; nothing where it is gone already.
+
+        Raises:
+            PartFailed: there were too many.
+        """
+        for part in [part for part in self.rollouts if part.name == name]:
+            self.ray.kill(part.handle, no_restart=True)
+            self._replace(part, PartFailed(f"{name} failed: {why}"))
+
     def _replace(self, part: Running, error: Exception) -> None:
         released = self.ledger.release(part.name)
         self.run_dir.event("rollout_died", actor=part.name, error=str(error), released=len(released))
         self.rollouts.remove(part)
+        if self.on_death is not None:
+            self.on_death(part.name)
         if self.restarts_left == 0 or self._start_rollout is None or isinstance(error, UserError):
             raise error
         self.restarts_left -= 1

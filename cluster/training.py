@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.config import Config
+from cluster.evaluator import NAME as EVALUATOR
 from cluster.evaluator import Evaluation, Evaluator
 from cluster.feed import Feed
 from cluster.history import History
@@ -31,11 +32,13 @@ from cluster.signals import Stopped, StopRequest
 from cluster.summary import write_summary
 from cluster.supervise import POLL_S, Supervisor
 from cluster.training_data import TrainingData
+from cluster.weight_rounds import WeightRounds
 from learner.commit import begin_checkpoint, commit_checkpoint, prune_checkpoints
 from services.errors import Deadline
 from services.records import PolicyVersion
 from services.stream.ledger import Ledger
 from services.telemetry import Telemetry
+from services.weights import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,8 @@ class Training:
         self.started = time.monotonic()
         self.open_step: int | None = None
         """The step that is begun and not yet recorded."""
+        self.rounds: WeightRounds | None = None
+        """The transfers of `cluster.weights: collective`; None where weights go by files."""
         self.last_commit_s = 0.0
         self._busy_before = 0.0
 
@@ -149,6 +154,8 @@ class Training:
         )
         start_rewards(self.supervisor, self.parts, self.config, self.url, self.history.run_id, tick)
         wait_for_rollouts(self.supervisor, self.config.cluster.start_s, tick)
+        if self.config.cluster.weights == "collective":
+            self.rounds = WeightRounds(self.supervisor, self.learners, self.ledger, self.run, self.config)
         self._open_gate(self.history.steps_done)
         self.evaluator = (
             Evaluator(self.supervisor, self.parts["evaluator"], self.config, self.data, tick)
@@ -171,20 +178,27 @@ class Training:
         began = time.monotonic()
         version = PolicyVersion(self.history.incarnation, step)
         self.progress.phase("publishing weights")
-        directory = self.weights_dir / f"v{version.incarnation}_{version.step}"
+        limit = self.feed.admission_limit(step, self.config.run.max_staleness)
+        if self.rounds is not None:
+            self._feed_prompts(step)
+            self.rounds.publish(version, limit)
+            return time.monotonic() - began
         manifest = self.learners.call(
             "publish",
             tuple(version),
-            str(directory),
+            str(self._published(step)),
             what="the weights to be published",
             seconds=self.config.cluster.publish_s,
         )
         self._feed_prompts(step)
-        self.ledger.open_gate(version, manifest, self.feed.admission_limit(step, self.config.run.max_staleness))
+        self.ledger.open_gate(version, manifest, limit)
         published = sorted(self.weights_dir.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in published[:-KEEP_VERSIONS]:
             shutil.rmtree(old, ignore_errors=True)
         return time.monotonic() - began
+
+    def _published(self, step: int) -> Path:
+        return self.weights_dir / f"v{self.history.incarnation}_{step}"
 
     def _feed_prompts(self, step: int) -> None:
         done = sum(len(groups) for groups in self.history.steps.values()) + len(self.history.failed)
@@ -252,9 +266,18 @@ class Training:
                     seconds=self.config.cluster.batch_s,
                 )
             self.ledger.expire_leases()
+            if self.rounds is not None and self._catch_up(step, self.rounds):
+                moved = time.monotonic()
             self.ledger.wait_scored(int(POLL_S * 1000))
             self._tick()
             self.supervisor.check()
+
+    def _catch_up(self, step: int, rounds: WeightRounds) -> bool:
+        """Weights for actors that came up since they were sent; whether there were any."""
+        self.open_step = step  # a signal meanwhile must not ask the learner for a commit
+        caught_up = rounds.catch_up()
+        self.open_step = None
+        return caught_up
 
     def _note_failures(self) -> None:
         for row in self.ledger.list("failed"):
@@ -306,7 +329,13 @@ class Training:
         assert self.evaluator is not None
         began = time.monotonic()
         self.progress.phase("evaluating")
-        evaluation: Evaluation = self.evaluator.evaluate(self.weights_dir / f"v{self.history.incarnation}_{step + 1}")
+        rounds = self.rounds
+        evaluation: Evaluation
+        if rounds is None:
+            evaluation = self.evaluator.evaluate(str(self._published(step + 1) / MANIFEST))
+        else:
+            offer = rounds.offer_to(EVALUATOR)
+            evaluation = self.evaluator.evaluate(offer.model_dump_json(), lambda: rounds.serve(offer))
         if evaluation.better_than(self.history.best.get("value")):
             self._export(self.run.policy_best)
             self.history.best = {"value": evaluation.value, "step": step}

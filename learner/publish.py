@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from learner.engine import Engine
 from services.records import PolicyVersion, WeightsBucket
+from services.transfer.packing import TensorMeta
 from services.weights import write_bucket, write_manifest
 
 BUCKET_BYTES = 256 * 2**20
-"""What is gathered at once. 256 MiB: few collectives for a large model, little beside its partitions."""
+"""What is gathered at once where no recipe says (`cluster.bucket_mib`): few collectives, little beside a partition."""
 
 
 def buckets_of(sizes: Sequence[tuple[str, int]], bucket_bytes: int) -> list[list[str]]:
@@ -45,15 +45,42 @@ def published_tensors(lm: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def gathered(engine: Engine, bucket_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
-    """The language model's weights, a bucket at a time; the tensors live until the next is asked for. Collective."""
-    from deepspeed import zero
+class Zero3Source:
+    """The language model's weights out of the partitions, in buckets; may be gone through any number of times.
 
-    named = published_tensors(engine.lm)
-    for names in buckets_of([(name, _bytes(tensor)) for name, tensor in named.items()], bucket_bytes):
-        apart = [named[name] for name in names if _partitioned(named[name])]
-        with zero.GatheredParameters(apart, enabled=bool(apart)):
-            yield {name: named[name].data for name in names}
+    `metadata` and iteration are what vLLM's trainers ask of a `WeightSource`: the same tensors, in the same order.
+    """
+
+    def __init__(self, engine: Engine, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._named = published_tensors(engine.lm)
+        self._bucket_bytes = bucket_bytes
+
+    def metadata(self) -> list[TensorMeta]:
+        """Names, types and whole shapes. Nothing is gathered, nothing collective."""
+        return [
+            TensorMeta(name, tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape)))
+            for name, tensor in self._named.items()
+        ]
+
+    def plan(self) -> list[list[TensorMeta]]:
+        """`metadata`, cut into buckets."""
+        metas = {meta.name: meta for meta in self.metadata()}
+        sizes = [(name, meta.bytes) for name, meta in metas.items()]
+        return [[metas[name] for name in names] for names in buckets_of(sizes, self._bucket_bytes)]
+
+    def buckets(self) -> Iterator[dict[str, Tensor]]:
+        """The buckets of the plan; the tensors live until the next is asked for. Collective."""
+        from deepspeed import zero
+
+        for bucket in self.plan():
+            apart = [self._named[meta.name] for meta in bucket if _partitioned(self._named[meta.name])]
+            with zero.GatheredParameters(apart, enabled=bool(apart)):
+                yield {meta.name: self._named[meta.name].data for meta in bucket}
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors, a bucket in memory at a time. Collective."""
+        for tensors in self.buckets():
+            yield from tensors.items()
 
 
 def publish(engine: Engine, version: PolicyVersion, directory: str | Path, bucket_bytes: int = BUCKET_BYTES) -> str:
@@ -63,7 +90,7 @@ def publish(engine: Engine, version: PolicyVersion, directory: str | Path, bucke
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
     buckets: list[WeightsBucket] = []
-    for index, tensors in enumerate(gathered(engine, bucket_bytes)):
+    for index, tensors in enumerate(Zero3Source(engine, bucket_bytes).buckets()):
         if engine.rank == 0:
             buckets.append(write_bucket(path, index, tensors))
     return str(write_manifest(path, version, buckets)) if engine.rank == 0 else str(path)
@@ -75,9 +102,9 @@ def export(engine: Engine, tokenizer: Any, directory: str | Path, bucket_bytes: 
     if engine.rank == 0:
         path.mkdir(parents=True, exist_ok=True)
         save_model_files(engine.lm, tokenizer, path)
-    sizes = [(name, _bytes(tensor)) for name, tensor in published_tensors(engine.lm).items()]
-    shards = ShardWriter(path, len(buckets_of(sizes, bucket_bytes)))
-    for tensors in gathered(engine, bucket_bytes):
+    source = Zero3Source(engine, bucket_bytes)
+    shards = ShardWriter(path, len(source.plan()))
+    for tensors in source.buckets():
         if engine.rank == 0:
             shards.write(tensors)
     if engine.rank == 0:
@@ -130,8 +157,3 @@ def _partitioned(tensor: Tensor) -> bool:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     return isinstance(tensor, nn.Parameter) and getattr(tensor, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Of the whole tensor, also while it is partitioned."""
-    return int(getattr(tensor, "ds_numel", tensor.numel())) * torch.empty((), dtype=tensor.dtype).element_size()

@@ -20,9 +20,10 @@ from learner.drift import watch_attention
 from learner.engine import Engine, Reference
 from learner.policy import PolicyWithValue, verify_head
 from learner.ppo import Rules, TrainerState, train_step
-from learner.publish import export, publish
+from learner.publish import BUCKET_BYTES, Zero3Source, export, publish
 from learner.sft import EpochReport, Pair, fine_tune, updates_of
 from learner.sft_config import SftSection
+from learner.transfer import send
 from learner.zero import device_of, join_ranks
 from services.attention.capture import CAPTURE, Recorder, register
 from services.attention.config import CaptureSection
@@ -31,6 +32,7 @@ from services.models_config import PolicySection
 from services.records import Group, PolicyVersion
 from services.stream.config import StreamSection
 from services.stream.ledger import Ledger, open_ledger
+from services.transfer.sender import Sender
 
 
 class LearnerWorker:
@@ -52,6 +54,7 @@ class LearnerWorker:
         self._reference: Reference | None = None
         self._recorder: Recorder | None = None
         self._ledger: tuple[str, Ledger] | None = None
+        self._sender: Sender | None = None
         self.trainer = TrainerState.start(self.section)
 
     def address(self) -> tuple[str, int]:
@@ -106,7 +109,36 @@ class LearnerWorker:
 
     def publish(self, version: tuple[int, int], directory: str) -> str:
         """Writes the policy's weights for the rollout engines; the path of their manifest."""
-        return publish(self.engine, PolicyVersion(*version), directory)
+        return publish(self.engine, PolicyVersion(*version), directory, self._bucket_bytes)
+
+    def offer_weights(self, version: tuple[int, int], receivers: Sequence[str]) -> str:
+        """Opens a transfer of the policy's weights to these receivers; rank 0 answers with the offer, as JSON."""
+        if self.rank != 0:
+            return ""
+        if self._sender is not None:
+            self._sender.stop("another transfer took its place")
+        self._sender = Sender(
+            PolicyVersion(*version),
+            receivers,
+            name=f"learner-{self.rank}",
+            host=self._host(),
+            device=torch.device(self._device),
+            join_s=float(self._cluster.get("rendezvous_s", 300.0)),
+            phase_s=float(self._cluster.get("transfer_s", 60.0)),
+            whole_s=float(self._cluster.get("publish_s", 300.0)),
+        )
+        return self._sender.offer.model_dump_json()
+
+    def send_weights(self) -> dict[str, Any]:
+        """The transfer that was offered. Rank 0 answers with the report, a `services.transfer.offer.Report` as a dict.
+
+        Returns, and does not raise, where receivers are missing: the report names them.
+        """
+        if self.rank == 0 and self._sender is None:
+            raise RuntimeError("offer_weights was not called")
+        sender, self._sender = self._sender, None
+        report = send(self.engine, Zero3Source(self.engine, self._bucket_bytes), sender)
+        return {} if report is None else asdict(report)
 
     def save_checkpoint(self, directory: str) -> None:
         """Writes the learner's part of a checkpoint; `learner.commit.commit_checkpoint` makes it one."""
@@ -114,7 +146,7 @@ class LearnerWorker:
 
     def export(self, directory: str) -> None:
         """Writes the policy as a Hugging Face model directory."""
-        export(self.engine, load_tokenizer(self.policy_section), directory)
+        export(self.engine, load_tokenizer(self.policy_section), directory, self._bucket_bytes)
 
     def sft(
         self,
@@ -162,6 +194,11 @@ class LearnerWorker:
         return self._engine
 
     @property
+    def _bucket_bytes(self) -> int:
+        mib = self._cluster.get("bucket_mib")
+        return BUCKET_BYTES if mib is None else int(mib * 2**20)
+
+    @property
     def _seed(self) -> int:
         return int(self._run.get("seed", 0))
 
@@ -169,8 +206,9 @@ class LearnerWorker:
         torch.set_num_threads(self.section.threads)
         torch.manual_seed(self._seed)
         self._device = device_of(self.section)
-        # A collective may wait for a rank that loads a model or writes a checkpoint.
-        timeout = max(float(self._cluster.get("start_s", 300.0)), self.checkpoint.timeout_s)
+        # A collective may wait for a rank that loads a model, writes a checkpoint or waits for receivers of weights.
+        waits = [float(self._cluster.get(key, 300.0)) for key in ("start_s", "publish_s", "rendezvous_s")]
+        timeout = max(*waits, self.checkpoint.timeout_s)
         join_ranks(
             rank=self.rank,
             world_size=self.world_size,

@@ -8,6 +8,7 @@ failure of infrastructure, ends the actor, and the lease passes to another.
 """
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 
@@ -17,7 +18,10 @@ from rollout.prepare import Preparation, group_of, group_seed, prepare, request_
 from services.errors import UserError
 from services.records import Failure, Group, Lease, PolicyVersion
 from services.stream.ledger import Ledger, LoadWeights, Wait
+from services.transfer.offer import Broken, is_offer, read_offer
 from services.weights import Corrupt
+
+log = logging.getLogger(__name__)
 
 DATA_BUDGET = 0
 """A prompt that does not fit the model will not fit it at a second attempt."""
@@ -65,6 +69,7 @@ class RolloutLoop:
         self._owner = owner
         self._seed = seed
         self._loaded: PolicyVersion | None = None
+        self._broken: str | None = None
         self._stopping = False
         self._limit = section.group_limit
         self._in_engine = 0
@@ -86,7 +91,8 @@ class RolloutLoop:
                     if not self._section.loads_in_flight:
                         while working:
                             working = await _some_done(working, None)
-                    await self._load(answer)
+                    if not await self._load(answer):
+                        working = await _some_done(working, self._section.poll_s)
                 else:
                     working.add(asyncio.create_task(self._work(answer)))
             while working:
@@ -99,10 +105,19 @@ class RolloutLoop:
         """Ends `run` after the groups in hand."""
         self._stopping = True
 
-    async def _load(self, answer: LoadWeights) -> None:
+    async def _load(self, answer: LoadWeights) -> bool:
+        """False where there is nothing to load yet: the offer is not for this actor, or its transfer broke off."""
+        if is_offer(answer.path) and (answer.path == self._broken or not read_offer(answer.path).lists(self._owner)):
+            return False
         self._enter_engine()
         try:
-            self._loaded = await self._engine.load_weights(answer.path)
+            self._loaded = await self._engine.load_weights(answer.path, self._owner)
+        except Broken as error:
+            # The engine may be torn. The driver knows who has the version, and offers it again to those who have not.
+            log.warning("%s: %s", self._owner, error)
+            self._loaded = None
+            self._broken = answer.path
+            return False
         except (FileNotFoundError, Corrupt):
             gate = await asyncio.to_thread(self._ledger.gate)
             if gate is not None and gate.weights == answer.path:
@@ -110,6 +125,7 @@ class RolloutLoop:
             # Removed while it was being read, because a newer version was published: the next lease names that one.
         finally:
             self._leave_engine()
+        return True
 
     async def _work(self, lease: Lease) -> None:
         renewing = asyncio.create_task(self._renew(lease))

@@ -117,11 +117,6 @@ class RolloutSection(Section):
                 f"top_p {self.top_p} and top_k {self.top_k} truncate the sampling distribution: set truncation to "
                 "'replay', or top_p to 1 and top_k to 0"
             )
-        if truncates and self.engine == "vllm":
-            raise ValueError(
-                f"top_p {self.top_p} and top_k {self.top_k} truncate, and engine 'vllm' does not say which tokens it "
-                "kept: set engine to 'transformers', or top_p to 1 and top_k to 0"
-            )
         if self.keep_maps > self.samples:
             raise ValueError(f"keep_maps {self.keep_maps} is more than samples {self.samples}")
         return self

@@ -103,8 +103,15 @@ class Engine(Protocol):
         """Completions of each request, in order. A request's result does not depend on the others'."""
         ...
 
-    async def load_weights(self, manifest_path: str) -> PolicyVersion:
-        """Takes the published weights; every bucket's checksum is verified before the first tensor is replaced."""
+    async def load_weights(self, published: str, owner: str = "") -> PolicyVersion:
+        """Takes published weights: the path of a manifest, or an offer (services/transfer) that lists `owner`.
+
+        Of files every bucket's checksum is verified before the first tensor is replaced; of a transfer, each bucket's
+        before its first. An engine that got only a part refuses to generate until it has a whole version.
+
+        Raises:
+            Corrupt, Broken, ValueError: it did not get them.
+        """
         ...
 
     async def close(self) -> None: ...

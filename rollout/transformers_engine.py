@@ -22,6 +22,7 @@ from services.attention.modules import find_modules
 from services.models import decoder_start_of, eos_ids_of, family_of, load_policy_model, max_context_of
 from services.models_config import PolicySection
 from services.records import PolicyVersion
+from services.transfer.offer import name_of
 
 
 class TransformersEngine:
@@ -108,14 +109,14 @@ class TransformersEngine:
         async with self._lock:
             return await asyncio.to_thread(self._recompute, prompt_ids, response_ids, keys, temperature or 1.0, dense)
 
-    async def load_weights(self, manifest_path: str) -> PolicyVersion:
-        """Takes the published weights; every bucket's checksum is verified before the first tensor is replaced.
+    async def load_weights(self, published: str, owner: str = "") -> PolicyVersion:
+        """Takes published weights: the manifest's, or those of an offer that lists `owner`.
 
-        Raises services.weights.Corrupt, or ValueError where they are not this model's; if one raised after the first
-        tensor was replaced, the engine refuses to generate until weights are loaded in full.
+        Raises services.weights.Corrupt, services.transfer.offer.Broken, or ValueError where they are not this model's;
+        if one raised after the first tensor was replaced, the engine refuses to generate until it has a whole version.
         """
         async with self._lock:
-            return await asyncio.to_thread(self._load_weights, manifest_path)
+            return await asyncio.to_thread(self._load_weights, published, owner)
 
     async def close(self) -> None:
         """Waits for what is under way."""
@@ -154,11 +155,11 @@ class TransformersEngine:
         )
         return Recomputed(torch.cat(logprobs).cpu().numpy(), attention)
 
-    def _load_weights(self, manifest_path: str) -> PolicyVersion:
+    def _load_weights(self, published: str, owner: str) -> PolicyVersion:
         def tearing() -> None:
-            self._torn = f"loading {manifest_path} failed halfway"
+            self._torn = f"loading {name_of(published)} failed halfway"
 
-        self._version = take_weights(self._runner.model, manifest_path, before_first=tearing)
+        self._version = take_weights(self._runner.model, published, owner, before_first=tearing)
         self._torn = None
         return self._version
 

@@ -21,11 +21,13 @@ from rollout.refusals import RequestRefused, check_fits, check_keys
 from rollout.sampling import check_sampling, truncates
 from rollout.vllm_capture.request import extra_args
 from rollout.vllm_in_process import InProcessLLM
+from rollout.vllm_plugin import BACKEND
 from services.attention.config import CaptureSection
 from services.errors import Deadline, UserError
 from services.models import eos_ids_of_policy, load_config, max_context_of
 from services.models_config import PolicySection
 from services.records import FinishReason, PolicyVersion
+from services.transfer.offer import Broken, is_offer, name_of, read_offer
 from services.weights import Corrupt
 
 EXTENSION = "rollout.vllm_capture.extension.CaptureExtension"
@@ -54,7 +56,9 @@ class VllmEngine:
         self._section = rollout
         self._version = PolicyVersion(0, 0)
         self._torn: str | None = "the engine was not started"
+        self._says_kept_sets = False
         self._numbers = itertools.count()
+        self._calling = asyncio.Lock()
         self._llm: Any = None
 
     @property
@@ -69,6 +73,7 @@ class VllmEngine:
             await self.close()
             raise UserError(f"policy.model {self._policy.model}: {started['refused']}")
         self.layers = tuple(started["layers"])
+        self._says_kept_sets = bool(started["kept_sets"])
         self._torn = None
         await self._llm.update_weight_version(_label(self._version))
 
@@ -76,34 +81,40 @@ class VllmEngine:
         """Completions of each request, in order.
 
         Raises RequestRefused for a request that cannot be: an empty prompt, positions outside it, sampling out of
-        bounds or truncated, or more tokens than the model has positions for.
+        bounds, or truncated where vLLM does not say what it kept (model runner V2), more tokens than the model has
+        positions for.
         """
         self._ready()
         for request in requests:
             check_sampling(request.sampling)
-            if truncates(request.sampling):
+            if truncates(request.sampling) and not self._says_kept_sets:
                 raise RequestRefused(
-                    f"top_p {request.sampling.top_p} and top_k {request.sampling.top_k} truncate, and vLLM does not "
-                    "say which tokens it kept; the transformers engine does"
+                    f"top_p {request.sampling.top_p} and top_k {request.sampling.top_k} truncate, and this vLLM does "
+                    "not say which tokens it kept; the transformers engine does"
                 )
             check_fits(self.family, self.max_context, request.prompt_ids, request.sampling.max_tokens)
             check_keys(request.keys, len(request.prompt_ids))
         return list(await asyncio.gather(*(self._group(request) for request in requests)))
 
-    async def load_weights(self, manifest_path: str) -> PolicyVersion:
-        """Takes the published weights; every bucket's checksum is verified before the first tensor is replaced.
+    async def load_weights(self, published: str, owner: str = "") -> PolicyVersion:
+        """Takes published weights: the manifest's, or those of an offer that lists `owner`.
 
         Under `weight_sync: wait` what is being generated is finished with the old weights first; under `keep` it is
-        held, its cache is computed again under the new weights, and it goes on with them.
+        held, its cache is computed again under the new weights, and it goes on with them. Where a transfer breaks off
+        it stays held: the engine refuses to generate until it has a whole version, and then goes on.
         """
         mode = self._section.vllm.weight_sync
         await self._deadline(self._llm.pause_generation(mode=mode), "the pause before new weights")
-        answers = await self._rpc("attune_load_weights", manifest_path)
+        seconds = None
+        if is_offer(published):
+            offer = read_offer(published)
+            seconds = offer.join_s + offer.whole_s + self._section.vllm.call_s
+        answers = await self._rpc("attune_load_weights", published, owner, seconds=seconds)
         if any("refused" in answer for answer in answers):
             answer = next(answer for answer in answers if "refused" in answer)
             if answer["torn"]:
-                self._torn = f"loading {manifest_path} failed halfway"
-            else:
+                self._torn = f"loading {name_of(published)} failed halfway"
+            elif self._torn is None:
                 await self._llm.resume_generation()
             raise _ERRORS[answer["kind"]](answer["refused"])
         await self._llm.reset_prefix_cache(reset_running_requests=True)
@@ -138,6 +149,8 @@ class VllmEngine:
         parameters = SamplingParams(
             n=1,
             temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
             max_tokens=sampling.max_tokens,
             seed=_seed(request.seed, k),
             logprobs=0,
@@ -152,6 +165,7 @@ class VllmEngine:
                 request.keys.salient,
                 request.keys.salient_weights,
                 dense=k < request.keep_maps,
+                kept_sets=truncates(sampling),
             ),
         )
         last: Any = None
@@ -170,23 +184,26 @@ class VllmEngine:
         if fetched["dense"] is not None:
             dense = np.frombuffer(fetched["dense"], dtype=np.float32).reshape(-1, prompt)
         reason: FinishReason = "stop" if output.finish_reason == "stop" else "length"
+        drawn = np.array(
+            [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)], dtype=np.float32
+        )
+        kept, log_mass = _unpacked(fetched["kept"]) if fetched["kept"] is not None else (None, 0.0)
         return Completion(
             response_ids=ids,
             finish_reason=reason,
-            logprobs=np.array(
-                [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)], dtype=np.float32
-            ),
-            sampling_logprobs=None,
-            kept_ids=None,
+            logprobs=(drawn + log_mass).astype(np.float32),
+            sampling_logprobs=None if kept is None else drawn,
+            kept_ids=kept,
             attention=AttentionRows(*np.ascontiguousarray(statistics.T), dense=dense),
             versions=tuple((*_unlabel(span.version), span.end - span.start) for span in output.weight_versions or ()),
         )
 
-    async def _rpc(self, method: str, *arguments: Any) -> list[Any]:
-        return await self._deadline(self._llm.collective_rpc(method, args=arguments), method)
+    async def _rpc(self, method: str, *arguments: Any, seconds: float | None = None) -> list[Any]:
+        async with self._calling:  # a call's time begins when the one before it has ended: a transfer may take minutes
+            return await self._deadline(self._llm.collective_rpc(method, args=arguments), method, seconds)
 
-    async def _deadline(self, call: Any, what: str) -> Any:
-        seconds = self._section.vllm.call_s
+    async def _deadline(self, call: Any, what: str, seconds: float | None = None) -> Any:
+        seconds = self._section.vllm.call_s if seconds is None else seconds
         try:
             return await asyncio.wait_for(call, seconds)
         except TimeoutError as error:
@@ -198,10 +215,19 @@ class VllmEngine:
 
 
 _ERRORS: dict[str, type[Exception]] = {
+    "Broken": Broken,
     "Corrupt": Corrupt,
     "FileNotFoundError": FileNotFoundError,
     "ValueError": ValueError,
 }
+
+
+def _unpacked(kept: dict[str, bytes]) -> tuple[tuple[tuple[int, ...], ...], NDArray[np.float32]]:
+    """The ids that each step kept, and the logarithm of their mass under the whole distribution."""
+    ids = np.frombuffer(kept["ids"], dtype=np.int32)
+    ends = np.frombuffer(kept["sizes"], dtype=np.int32).cumsum()
+    sets = tuple(tuple(part.tolist()) for part in np.split(ids, ends[:-1]))
+    return sets, np.frombuffer(kept["log_mass"], dtype=np.float32)
 
 
 def _label(version: PolicyVersion) -> str:
@@ -226,6 +252,7 @@ def _start_llm(policy: PolicySection, section: RolloutSection, max_context: int 
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(section.threads)
     try:
+        from vllm.config import WeightTransferConfig
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
@@ -251,6 +278,7 @@ def _start_llm(policy: PolicySection, section: RolloutSection, max_context: int 
         "enforce_eager": on_cpu,
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": EXTENSION,
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "disable_log_stats": True,
         "trust_remote_code": False,
     }

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from services.records import PolicyVersion
-from services.weights import read_manifest, read_published
+from services.transfer.incoming import incoming_weights
 
 
 def lay_out_for_decoding(model: nn.Module) -> None:
@@ -22,28 +22,32 @@ def lay_out_for_decoding(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def take_weights(model: PreTrainedModel, manifest_path: str, *, before_first: Callable[[], None]) -> PolicyVersion:
+def take_weights(
+    model: PreTrainedModel, published: str, owner: str, *, before_first: Callable[[], None]
+) -> PolicyVersion:
     """Replaces the model's parameters by the published ones and returns their version.
 
-    Names are checked against the model, and every bucket against its checksum, before the first tensor is replaced;
-    `before_first` is called between. Buffers may be absent: they are no part of what is trained.
-    Raises ValueError for unexpected or missing names or a shape that differs, services.weights.Corrupt for the files.
+    Names are checked against the model before the first tensor is replaced, and so are the checksums of files; of a
+    transfer that `owner` joins, each bucket's is before its first tensor. `before_first` is called between. Buffers may
+    be absent: they are no part of what is trained.
+    Raises ValueError for unexpected or missing names or a shape that differs, services.weights.Corrupt for the files,
+    services.transfer.offer.Broken for a transfer that does not end.
     """
-    manifest = read_manifest(manifest_path)
-    names = [name for bucket in manifest.buckets for name in bucket.names]
-    targets: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-    unexpected = sorted(set(names) - set(targets))
-    if unexpected:
-        raise ValueError(f"published weights hold {len(unexpected)} tensors that the model lacks, as {unexpected[0]}")
-    given = {targets[name].data_ptr() for name in names}
-    missing = [name for name, parameter in model.named_parameters() if parameter.data_ptr() not in given]
-    if missing:
-        raise ValueError(f"published weights lack {len(missing)} of the model's tensors, as {missing[0]}")
-    tensors = read_published(manifest_path)
-    before_first()
-    for name, tensor in tensors:
-        target = targets[name]
-        if target.shape != tensor.shape:
-            raise ValueError(f"{name} is published as {list(tensor.shape)}, the model's is {list(target.shape)}")
-        target.copy_(tensor)
-    return manifest.version
+    with incoming_weights(published, owner, model.device) as incoming:
+        targets: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+        unexpected = sorted(set(incoming.names) - set(targets))
+        if unexpected:
+            raise ValueError(
+                f"published weights hold {len(unexpected)} tensors that the model lacks, as {unexpected[0]}"
+            )
+        given = {targets[name].data_ptr() for name in incoming.names}
+        missing = [name for name, parameter in model.named_parameters() if parameter.data_ptr() not in given]
+        if missing:
+            raise ValueError(f"published weights lack {len(missing)} of the model's tensors, as {missing[0]}")
+        before_first()
+        for name, tensor in incoming.tensors:
+            target = targets[name]
+            if target.shape != tensor.shape:
+                raise ValueError(f"{name} is published as {list(tensor.shape)}, the model's is {list(target.shape)}")
+            target.copy_(tensor)
+    return incoming.version

@@ -33,6 +33,14 @@ class BatchEntry:
     blocks: Ints
 
 
+@dataclass(frozen=True)
+class KeptSet:
+    """What top-k and top-p left of one step's distribution: token ids (int32), and the logarithm of their mass."""
+
+    ids: NDArray[np.int32]
+    log_mass: float
+
+
 @dataclass
 class _Held:
     """A request with statistics: in a slot, or out of the batch with its `rows` [T, 4] put by."""
@@ -42,6 +50,7 @@ class _Held:
     slot: int | None = None
     rows: Tensor | None = None
     dense: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    kept: dict[int, KeptSet] = field(default_factory=dict[int, KeptSet])
 
 
 @dataclass(frozen=True)
@@ -75,10 +84,11 @@ class _Step:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Statistics [T, 4] (M, C, E, X) and, where the request asked for them, rows [T, P]; float32."""
+    """Statistics [T, 4] (M, C, E, X) and, where the request asked for them, rows [T, P] (float32) and T kept sets."""
 
     statistics: NDArray[np.float32]
     dense: NDArray[np.float32] | None
+    kept: tuple[KeptSet, ...] | None
 
 
 class Capture:
@@ -119,6 +129,7 @@ class Capture:
         self._batch_slots: Ints = np.zeros(0, dtype=np.int64)
         self._batch_prompts: Ints = np.zeros(0, dtype=np.int64)
         self._step: _Step | None = None
+        self._drawing: dict[int, tuple[_Held, int]] = {}
         self.preempted = 0
         """Requests that came back into the batch with rows written before."""
 
@@ -157,6 +168,7 @@ class Capture:
         if ids != self._batch:
             self._change_batch(entry, ids, computed)
         slots, prompts = self._batch_slots, self._batch_prompts
+        self._drawing = self._truncated_draws(ids, computed + scheduled - prompts, committed)
         captured = slots >= 0
         longest = int((computed + scheduled).max(initial=1))
         self._slots.reserve(longest)
@@ -211,6 +223,17 @@ class Capture:
             self._step = None
             self._finish_step(step)
 
+    @property
+    def draws_truncated(self) -> bool:
+        """Whether a request of the step under way asked for its kept sets."""
+        return bool(self._drawing)
+
+    def keep_sets(self, kept: Tensor, log_mass: Tensor) -> None:
+        """The step drew its tokens: kept [requests, V] bool, log_mass [requests], in the order given to `begin`."""
+        for row, (held, token) in self._drawing.items():
+            ids = torch.nonzero(kept[row]).squeeze(-1).to(torch.int32).numpy()
+            held.kept[token] = KeptSet(ids, float(log_mass[row]))
+
     def pop(self, keys: Sequence[str], tokens: Sequence[int]) -> list[Fetched]:
         """Statistics of requests by key, trimmed to their tokens; each can be fetched once.
 
@@ -229,7 +252,10 @@ class Capture:
         if len(rows) < tokens:
             raise RuntimeError(f"{len(rows)} rows were captured of the {tokens} tokens of {key!r}")
         dense = torch.stack([held.dense[t] for t in range(tokens)]).numpy() if held.wish.dense and tokens else None
-        return Fetched(rows[:tokens].numpy().copy(), dense)
+        kept = tuple(held.kept[t] for t in range(tokens) if t in held.kept) if held.wish.kept_sets else None
+        if kept is not None and len(kept) < tokens:
+            raise RuntimeError(f"{len(kept)} kept sets were recorded of the {tokens} tokens of {key!r}")
+        return Fetched(rows[:tokens].numpy().copy(), dense, kept)
 
     def _rows(self, held: _Held) -> Tensor:
         if held.slot is None:
@@ -252,6 +278,16 @@ class Capture:
             if held is not None and held.slot is not None:
                 slots[i], prompts[i] = held.slot, held.prompt
         self._batch, self._batch_slots, self._batch_prompts = list(ids), slots, prompts
+
+    def _truncated_draws(self, ids: list[str], tokens: Ints, committed: Ints) -> dict[int, tuple[_Held, int]]:
+        """By row: the requests that ask for kept sets, and the response token that this step draws for them. A prefill
+        that does not end yet draws one too, which is thrown away: its token is negative, or committed already."""
+        asking = ((row, self._held.get(id)) for row, id in enumerate(ids))
+        return {
+            row: (held, int(tokens[row]))
+            for row, held in asking
+            if held is not None and held.wish.kept_sets and tokens[row] >= max(0, int(committed[row]))
+        }
 
     def _enter(self, id: str, held: _Held | None, entry: BatchEntry, computed: int) -> _Held | None:
         if held is None:

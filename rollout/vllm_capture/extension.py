@@ -9,17 +9,32 @@ Its methods are called by `collective_rpc`, take and return plain values, and ru
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from rollout.vllm_capture.buffers import LayerShape
-from rollout.vllm_capture.capture import Capture
+from rollout.vllm_capture.capture import Capture, KeptSet
 from rollout.vllm_capture.refusals import refuse_configuration, refuse_layer, refuse_version
-from rollout.vllm_capture.runner_v1 import observe_layers, observe_steps
-from rollout.vllm_capture.seeded_cpu import keep_discarded_generators
+from rollout.vllm_capture.runner_v1 import start_v1
+from rollout.vllm_plugin import register
+from rollout.vllm_receive import receive_weights
 from rollout.vllm_weights import reload_weights
 from services.attention.config import CaptureSection, resolve_capture
 from services.errors import UserError
+from services.transfer.offer import is_offer
 from services.weights import Corrupt, read_manifest, read_published
+
+if TYPE_CHECKING:
+    from rollout.vllm_capture.device_capture import DeviceCapture
+
+register()  # this module is imported by every worker, before it makes its weight-transfer engine
+
+
+def _packed(kept: Sequence[KeptSet]) -> dict[str, bytes]:
+    return {
+        "ids": b"".join(each.ids.tobytes() for each in kept),
+        "sizes": np.array([len(each.ids) for each in kept], dtype=np.int32).tobytes(),
+        "log_mass": np.array([each.log_mass for each in kept], dtype=np.float32).tobytes(),
+    }
 
 
 class CaptureExtension:
@@ -28,16 +43,16 @@ class CaptureExtension:
     if TYPE_CHECKING:
         vllm_config: Any
         model_runner: Any
-        _attune_capture: Capture
-        _attune_undo: list[Callable[[], None]]
+        _attune_capture: Capture | DeviceCapture
+        _attune_undo: Callable[[], None]
 
     def attune_capture_start(self, section: dict[str, Any] | None = None) -> dict[str, Any]:
         """Starts capturing; `section` is an `attention` section, by default the last layer's heads.
 
-        Returns what is captured and its cost: {"layers": [...]} or {"refused": why}, which no worker raises, because
-        an error in a worker ends the engine.
+        Returns {"layers": what is captured, "kept_sets": whether top-k's and top-p's can be had}, or {"refused": why},
+        which no worker raises, because an error in a worker ends the engine.
         """
-        if getattr(self, "_attune_undo", []):
+        if hasattr(self, "_attune_capture"):
             return {"refused": "attention is being captured already: call attune_capture_stop first"}
         try:
             return self._attune_start(CaptureSection.model_validate(section or {}))
@@ -46,17 +61,17 @@ class CaptureExtension:
 
     def attune_capture_stop(self) -> None:
         """Captures no more, and frees what the capture holds; it may be started again."""
-        for take_off in self._attune_undo:
-            take_off()
-        self._attune_undo = []
-        del self._attune_capture
+        self._attune_undo()
+        del self._attune_undo, self._attune_capture
 
     def attune_capture_pop(self, keys: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
-        """Statistics of many finished requests: float32 bytes of [T, 4], and of dense rows [T, P] or None."""
+        """Statistics of many finished requests: float32 bytes of [T, 4], of dense rows [T, P] or None; `kept` (or None)
+        as {"ids": int32 bytes of all sets in a row, "sizes": int32 bytes [T], "log_mass": float32 bytes [T]}."""
         return [
             {
                 "statistics": fetched.statistics.tobytes(),
                 "dense": None if fetched.dense is None else fetched.dense.tobytes(),
+                "kept": None if fetched.kept is None else _packed(fetched.kept),
             }
             for fetched in self._attune_capture.pop(keys, tokens)
         ]
@@ -65,21 +80,23 @@ class CaptureExtension:
         """Bytes that the capture holds on this worker, and how many requests came back after a preemption."""
         return {**self._attune_capture.nbytes, "preempted": self._attune_capture.preempted}
 
-    def attune_load_weights(self, manifest_path: str) -> dict[str, Any]:
-        """Replaces the weights by published ones, once every bucket's checksum is verified.
+    def attune_load_weights(self, published: str, owner: str = "") -> dict[str, Any]:
+        """Replaces the weights by published ones: a manifest's, once every bucket is verified, or an offer's.
 
         Returns {"version": (incarnation, step)}, or {"refused": why, "kind": the error's name, "torn": whether a
         tensor was replaced already}.
         """
+        if is_offer(published):
+            return receive_weights(self, published, owner)
         try:
-            manifest = read_manifest(manifest_path)
-            tensors = read_published(manifest_path)
+            manifest = read_manifest(published)
+            tensors = read_published(published)
         except (Corrupt, FileNotFoundError) as error:
             return {"refused": str(error), "kind": type(error).__name__, "torn": False}
         try:
             reload_weights(self.model_runner, tensors)
         except (ValueError, KeyError) as error:
-            return {"refused": f"{manifest_path}: {error}", "kind": "ValueError", "torn": True}
+            return {"refused": f"{published}: {error}", "kind": "ValueError", "torn": True}
         return {"version": [manifest.version.incarnation, manifest.version.step]}
 
     def _attune_start(self, section: CaptureSection) -> dict[str, Any]:
@@ -96,18 +113,21 @@ class CaptureExtension:
         refuse_configuration(config)
         text = config.model_config.hf_text_config
         captured = resolve_capture(section, int(text.num_hidden_layers), int(text.num_attention_heads))
+        drafting: set[str] = getattr(getattr(self.model_runner, "speculator", None), "draft_attn_layer_names", set())
         found = {
             extract_layer_index(name): layer
             for name, layer in config.compilation_config.static_forward_context.items()
-            if hasattr(layer, "kv_cache")
+            if hasattr(layer, "kv_cache") and name not in drafting
         }
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        layers: dict[int, Any] = {}
         shapes: list[LayerShape] = []
         for number, weights in zip(captured.layers, captured.weights, strict=True):
             layer = found.get(number)
             refuse_layer(number, layer)
             assert layer is not None
             local = layer.num_heads
+            layers[number] = layer
             shapes.append(
                 LayerShape(
                     layer.layer_name,
@@ -118,27 +138,15 @@ class CaptureExtension:
                     weights[rank * local : (rank + 1) * local],
                 )
             )
-        runner = self.model_runner
-        table = runner.input_batch.block_table[0]
-        self._attune_capture = Capture(
-            shapes,
-            total=captured.total,
-            dtype=config.model_config.dtype,
-            most_requests=config.scheduler_config.max_num_seqs,
-            longest=config.model_config.max_model_len,
-            block_size=table.block_size,
-            copied_block_size=config.cache_config.block_size,
-            paged_tokens=runner.kv_cache_config.num_blocks * config.cache_config.block_size,
-            reduce=None if ranks == 1 else tensor_model_parallel_all_reduce,
-        )
-        if runner.device.type == "cpu" and not hasattr(self, "_attune_seeded"):
-            keep_discarded_generators(runner)
-            self._attune_seeded = True
-        self._attune_undo = [
-            observe_steps(runner, self._attune_capture),
-            observe_layers([found[number] for number in captured.layers], self._attune_capture),
-        ]
-        key_bytes = (
-            sum(s.key_heads * s.width for s in shapes) * torch.empty(0, dtype=config.model_config.dtype).itemsize
-        )
-        return {"layers": list(captured.layers), "bytes_a_key": 2 * key_bytes, "bytes_a_token": 16}
+        reduce = None if ranks == 1 else tensor_model_parallel_all_reduce
+        if config.use_v2_model_runner:
+            # V1 has no need of triton.
+            from rollout.vllm_capture.runner_v2 import start_v2
+
+            start = start_v2
+        else:
+            start = start_v1
+        self._attune_capture, self._attune_undo = start(self, layers, shapes, captured.total, reduce)
+        # V2 draws on the device, and where drafts are verified another sampler does.
+        says = not config.use_v2_model_runner and config.speculative_config is None
+        return {"layers": list(captured.layers), "kept_sets": says}

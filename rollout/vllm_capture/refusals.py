@@ -6,6 +6,9 @@ from services.errors import UserError
 
 SUPPORTED_VLLM = ("0.32", "0.33")
 
+PLAIN_KEYS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION")
+"""Attention backends that hold [blocks, Hkv, block size, keys and then values], in whatever physical order."""
+
 _OTHER_ENGINE = "use `rollout.engine: transformers`"
 _OTHER_LAYERS = f"capture other layers (attention.layers), or {_OTHER_ENGINE}"
 
@@ -31,12 +34,12 @@ def refuse_configuration(config: Any) -> None:
         )
         > 1,
         f"a KV cache in {cache.cache_dtype}": str(cache.cache_dtype).startswith(("fp8", "int8", "nvfp4")),
-        "model runner V2": bool(config.use_v2_model_runner),
+        "two batches that overlap in one step": bool(config.use_v2_model_runner and parallel.use_ubatching),
+        "a diffusion model": bool(getattr(model, "is_diffusion", False)),
     }
     for reason, holds in reasons.items():
         if holds:
-            advice = "set VLLM_USE_V2_MODEL_RUNNER=0" if reason == "model runner V2" else _OTHER_ENGINE
-            raise UserError(f"attention cannot be captured with {reason}: {advice}")
+            raise UserError(f"attention cannot be captured with {reason}: {_OTHER_ENGINE}")
 
 
 def refuse_layer(number: int, layer: Any) -> None:
@@ -58,3 +61,20 @@ def refuse_layer(number: int, layer: Any) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"decoder layer {number} has {reason}, which cannot be captured: {_OTHER_LAYERS}")
+
+
+def refuse_device_layer(number: int, layer: Any, block_size: int, dtype: Any) -> None:
+    """Raises UserError for a layer whose keys cannot be read where model runner V2 keeps them.
+
+    block_size: that of the block tables; dtype: the model's.
+    """
+    backend, cache = layer.get_attn_backend().get_name(), layer.kv_cache
+    shape = (layer.num_kv_heads, block_size, 2 * layer.head_size)
+    if backend not in (*PLAIN_KEYS, "CPU_ATTN"):
+        advice = f"choose one of {', '.join(PLAIN_KEYS)}"
+        raise UserError(f"decoder layer {number} has its keys in the order of {backend}, which is not known: {advice}")
+    if tuple(cache.shape[1:]) != shape or cache.dtype != dtype:
+        raise UserError(
+            f"decoder layer {number} has a KV cache of {list(cache.shape[1:])} in {cache.dtype}, where {list(shape)} "
+            f"in {dtype} is known: set vLLM's block_size to one that {backend} takes whole, or {_OTHER_ENGINE}"
+        )

@@ -9,13 +9,15 @@ EXTRA_ARGS_KEY = "attune"
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """`key` names the statistics when they are fetched; `dense` keeps the rows A[t, :] too."""
+    """`key` names the statistics when they are fetched; `dense` keeps the rows A[t, :] too, `kept_sets` the token ids
+    that top-k and top-p left in at each step."""
 
     key: str
     content: tuple[int, ...]
     salient: tuple[int, ...]
     salient_weights: tuple[float, ...]
     dense: bool = False
+    kept_sets: bool = False
 
 
 def extra_args(
@@ -25,6 +27,7 @@ def extra_args(
     salient_weights: Sequence[float],
     *,
     dense: bool = False,
+    kept_sets: bool = False,
 ) -> dict[str, Any]:
     """`SamplingParams(extra_args=extra_args(...))` asks for the statistics of a request over these positions.
 
@@ -37,6 +40,7 @@ def extra_args(
             "salient": list(salient),
             "salient_weights": list(salient_weights),
             "dense": dense,
+            "kept_sets": kept_sets,
         }
     }
 
@@ -52,4 +56,5 @@ def read_request(given: Mapping[str, Any] | None) -> CaptureRequest | None:
         tuple(wish["salient"]),
         tuple(wish["salient_weights"]),
         bool(wish.get("dense", False)),
+        bool(wish.get("kept_sets", False)),
     )

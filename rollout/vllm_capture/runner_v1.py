@@ -4,13 +4,60 @@ Nothing in vLLM is replaced: the runner's `_update_states` and the `forward` of 
 implementation are wrapped on their instances, and call through. Each function here returns what takes its wrapper off.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from rollout.vllm_capture.buffers import LayerShape
 from rollout.vllm_capture.capture import BatchEntry, Capture
 from rollout.vllm_capture.request import read_request
+from rollout.vllm_capture.seeded_cpu import keep_discarded_generators
+from services.errors import UserError
+
+
+def start_v1(
+    worker: Any,
+    layers: Mapping[int, Any],
+    shapes: Sequence[LayerShape],
+    total: float,
+    reduce: Callable[[Tensor], Tensor] | None,
+) -> tuple[Capture, Callable[[], None]]:
+    """A capture of these layers, by number, of a worker whose runner is V1; and what takes it off again.
+
+    Raises UserError on a GPU, where the runner is V2 unless it was switched off.
+    """
+    config, runner = worker.vllm_config, worker.model_runner
+    if runner.device.type != "cpu":
+        raise UserError("attention is captured with model runner V1 on CPUs only: set VLLM_USE_V2_MODEL_RUNNER=1")
+    table = runner.input_batch.block_table[0]
+    capture = Capture(
+        shapes,
+        total=total,
+        dtype=config.model_config.dtype,
+        most_requests=config.scheduler_config.max_num_seqs,
+        longest=config.model_config.max_model_len,
+        block_size=table.block_size,
+        copied_block_size=config.cache_config.block_size,
+        paged_tokens=runner.kv_cache_config.num_blocks * config.cache_config.block_size,
+        reduce=reduce,
+    )
+    if runner.device.type == "cpu" and not hasattr(worker, "_attune_seeded"):
+        keep_discarded_generators(runner)
+        worker._attune_seeded = True
+    undo = (
+        observe_steps(runner, capture),
+        observe_layers(list(layers.values()), capture),
+        observe_draws(runner, capture),
+    )
+
+    def take_off() -> None:
+        for each in undo:
+            each()
+
+    return capture, take_off
 
 
 def observe_steps(runner: Any, capture: Capture) -> Callable[[], None]:
@@ -28,6 +75,30 @@ def observe_steps(runner: Any, capture: Capture) -> Callable[[], None]:
 
     runner._update_states = observed
     return lambda: delattr(runner, "_update_states")
+
+
+def observe_draws(runner: Any, capture: Capture) -> Callable[[], None]:
+    """Gives the capture what top-k and top-p leave of each step's distribution, where a request asks for it.
+
+    The sampler must return processed log-probabilities: those that are finite say which tokens it kept.
+    """
+    sampler = runner.sampler.topk_topp_sampler
+    forward = sampler.forward
+
+    def observed(logits: Any, generators: Any, k: Any, p: Any) -> Any:
+        if not capture.draws_truncated:
+            return forward(logits, generators, k, p)
+        whole = torch.logsumexp(logits.float(), dim=-1)
+        tokens, logprobs = forward(logits, generators, k, p)
+        if logprobs is not None:
+            drawn = tokens.long().unsqueeze(-1)
+            # A token that was drawn was kept, so its logit stands as it was, masked in place or not.
+            log_mass = (logits.gather(-1, drawn).float() - logprobs.gather(-1, drawn)).squeeze(-1) - whole
+            capture.keep_sets(torch.isfinite(logprobs), log_mass)
+        return tokens, logprobs
+
+    sampler.forward = observed
+    return lambda: setattr(sampler, "forward", forward)
 
 
 def observe_layers(layers: Sequence[Any], capture: Capture) -> Callable[[], None]:

@@ -26,6 +26,8 @@ from services.stream.ledger import Ledger, LoadWeights, Wait
 from services.text.config import DataSection, SalienceSection
 from services.text.render import Renderer
 from services.text.salience import fit_idf
+from services.transfer.packing import TensorMeta
+from services.transfer.sender import Sender
 from services.weights import Corrupt, write_bucket, write_manifest
 
 SEED = 11
@@ -330,6 +332,46 @@ def test_new_weights_are_taken_between_groups(
         prepared = prepare(found[2].prompt, preparation)
         oracle = asyncio.run(other.recompute(sample.prompt_ids, sample.response_ids, prepared.keys, temperature=1.0))
         assert (oracle.logprobs.tolist() == pytest.approx(sample.logprobs, abs=1e-5)) == agrees
+
+
+def test_an_offer_is_joined_by_those_it_lists_and_after_a_broken_one_the_next(
+    ledger: Ledger, engine: TransformersEngine, preparation: Preparation, policy: PolicySection
+) -> None:
+    """Until a whole version is there, nothing is leased, whatever the gate says."""
+    fill(ledger, TEXTS[0])
+    version = PolicyVersion(3, 2)
+    named = {name: 1.01 * tensor.detach() for name, tensor in load_policy_model(policy).named_parameters()}
+    plan = [[TensorMeta(name, tensor.dtype, tuple(tensor.shape))] for name, tensor in named.items()]
+
+    def opened(owner: str) -> Sender:
+        seconds = {"join_s": 20.0, "phase_s": 10.0, "whole_s": 30.0}
+        sender = Sender(version, [f"{owner}/0"], name="l", host="127.0.0.1", device=torch.device("cpu"), **seconds)
+        ledger.open_gate(version, sender.offer.model_dump_json(), 1)
+        return sender
+
+    def passed_over() -> bool:
+        time.sleep(0.3)  # the actor asks every 10 ms
+        return not other.finish().received
+
+    def broken() -> bool:
+        sender = opened("actor")
+        assert sender.start(plan)
+        assert sender.send(0, named)
+        sender.stop("for no reason")
+        return True
+
+    def whole() -> bool:
+        time.sleep(0.3)
+        assert ledger.counts()["generated"] == ledger.counts()["leased"] == 0
+        sender = opened("actor")
+        assert sender.start(plan)
+        assert all(sender.send(index, named) for index in range(len(plan)))
+        return sender.finish().whole
+
+    other = opened("another")
+    loop = RolloutLoop(engine, ledger, preparation, section(), owner="actor", seed=SEED)
+    work(loop, passed_over, broken, whole, generated(ledger, 1))
+    assert groups(ledger)[0].version == engine.version == version
 
 
 @pytest.mark.parametrize("left", ["nothing", "the manifest", "half a bucket"])

@@ -59,20 +59,24 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rollout.vllm_capture import triton_kernels as kernels
+from rollout.vllm_capture import placed_rows, triton_kernels as kernels
 
 TYPES = {"query": "*bf16", "keys": "*bf16", "scale": "fp32", "total": "fp32", "width": "i32"}
+TYPES |= {"requests": "i32", "count": "i32", "batch_slot": "*i64"}
 INDICES = ("table", "row_slot", "row_token", "row_context", "prompt")
+BATCH = ("batch_start", "batch_length", "held")
 shape = dict(GROUP=4, MEMBERS=16, DEPTH=128, PADDED=128, BLOCK_SIZE=16, TILE=64, UPCAST=False)
 for kernel, constants in (
     (kernels._partials, {**shape, "HEADS": 32, "SPLITS": 16}),
     (kernels._combine, {"HEADS": 32, "PADDED_HEADS": 32, "SPLITS": 16}),
     (kernels._accumulate, {**shape, "KEY_HEADS": 8, "ADD": True}),
     (kernels._reduce, {"DENSE": True, "TILE": 512}),
+    (placed_rows._place, {"PER_REQUEST": 3, "BLOCK": 128}),
 ):
     signature = {
         name: "constexpr" if name in constants
-        else TYPES.get(name, "*i32" if name in INDICES else "i32" if name.startswith("stride") else "*fp32")
+        else "*i32" if kernel is placed_rows._place and name == "query"
+        else TYPES.get(name, "*i32" if name in INDICES + BATCH else "i32" if name.startswith("stride") else "*fp32")
         for name in kernel.arg_names
     }
     built = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))

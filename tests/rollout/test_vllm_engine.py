@@ -67,6 +67,9 @@ class EngineHost:
     async def load(self, manifest: str) -> PolicyVersion:
         return await self.engine.load_weights(manifest)
 
+    async def close(self) -> None:
+        await self.engine.close()
+
     async def generate_while_loading(
         self, requests: Sequence[GenerationRequest], manifest: str, after_s: float
     ) -> list[list[Completion]]:
@@ -90,7 +93,7 @@ class Host:
 
     def call(self, method: str, *arguments: Any) -> Any:
         try:
-            return self._ray.get(getattr(self._actor, method).remote(*arguments), timeout=120)
+            return self._ray.get(getattr(self._actor, method).remote(*arguments), timeout=300)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
 
@@ -122,7 +125,7 @@ def cramped(ray_session: str, policy: PolicySection) -> Iterator[Host]:
     host.kill()
 
 
-def request(length: int, seed: int, **sampling: Any) -> GenerationRequest:
+def prompt(length: int, seed: int, **sampling: Any) -> GenerationRequest:
     source = random.Random(seed)
     content = tuple(sorted(source.sample(range(length), max(1, 2 * length // 3))))
     salient = tuple(sorted(source.sample(content, max(1, len(content) // 4))))
@@ -133,9 +136,9 @@ def request(length: int, seed: int, **sampling: Any) -> GenerationRequest:
 
 
 REQUESTS = [
-    *(request(length, length, samples=2, temperature=0.7) for length in (1, 2, 31, 33, 257, 1000)),
-    request(64, 7, samples=8),
-    request(100, 8, samples=1, temperature=0.0),
+    *(prompt(length, length, samples=2, temperature=0.7) for length in (1, 2, 31, 33, 257, 1000)),
+    prompt(64, 7, samples=8),
+    prompt(100, 8, samples=1, temperature=0.0),
 ]
 
 
@@ -188,7 +191,7 @@ def test_statistics_are_those_of_the_tokens(roomy: Host, policy: PolicySection) 
 
 def test_preemption_and_chunked_prefill_change_nothing(cramped: Host, policy: PolicySection) -> None:
     assert cramped.layers == (0, 1, 2)
-    growing = [request(40 + i, i, samples=2, max_tokens=120) for i in range(10)]  # room for a few of them at their end
+    growing = [prompt(40 + i, i, samples=2, max_tokens=120) for i in range(10)]  # room for a few of them at their end
     for requests in (growing, REQUESTS):
         assert_is_recomputed(policy, 3, requests, cramped.call("generate", requests))
     assert cramped.call("report")["preempted"] > 0
@@ -196,9 +199,45 @@ def test_preemption_and_chunked_prefill_change_nothing(cramped: Host, policy: Po
 
 def test_requests_out_of_bounds_are_refused_by_name(roomy: Host) -> None:
     with pytest.raises(RequestRefused, match="context of 1280"):
-        roomy.call("generate", [request(1270, 1)])
-    with pytest.raises(RequestRefused, match=r"top_p 0\.9"):
-        roomy.call("generate", [request(5, 1, top_p=0.9)])
+        roomy.call("generate", [prompt(1270, 1)])
+    with pytest.raises(RequestRefused, match=r"top_p .* got 1\.5"):
+        roomy.call("generate", [prompt(5, 1, top_p=1.5)])
+
+
+@pytest.mark.parametrize("host", ["roomy", "cramped"])
+def test_truncated_sampling_says_what_it_kept(host: str, policy: PolicySection, request: pytest.FixtureRequest) -> None:
+    """Beside requests that do not truncate, in chunks of prefill and through preemption."""
+    asked = [
+        prompt(40, 1, samples=4, top_p=0.8, temperature=0.7, max_tokens=120),
+        prompt(200, 2, samples=4, top_k=5, max_tokens=120),
+        prompt(90, 3, samples=2, top_k=40, top_p=0.9, max_tokens=120),
+        prompt(30, 4, samples=2),
+    ]
+    loader: Any = LlamaForCausalLM
+    model = loader.from_pretrained(policy.model)
+    for wanted, group in zip(asked, request.getfixturevalue(host).call("generate", asked), strict=True):
+        for completion in group:
+            truncating = wanted.sampling.top_p < 1 or wanted.sampling.top_k > 0
+            assert (completion.kept_ids is not None) == (completion.sampling_logprobs is not None) == truncating
+            with torch.inference_mode():
+                ids = torch.tensor([[*wanted.prompt_ids, *completion.response_ids]])
+                logits = model(ids).logits[0, len(wanted.prompt_ids) - 1 : -1]
+            whole = torch.log_softmax(logits / wanted.sampling.temperature, dim=-1)
+            tokens = torch.tensor(completion.response_ids).unsqueeze(-1)
+            np.testing.assert_allclose(completion.logprobs, whole.gather(-1, tokens).squeeze(-1), atol=5e-5, rtol=0)
+            if completion.kept_ids is None:
+                continue
+            for t, kept in enumerate(completion.kept_ids):
+                assert completion.response_ids[t] in kept
+                share = torch.logsumexp(whole[t, list(kept)], dim=0)
+                expected = float(whole[t, completion.response_ids[t]] - share)
+                assert completion.sampling_logprobs[t] == pytest.approx(expected, abs=5e-5)
+                assert len(kept) <= (wanted.sampling.top_k or VOCABULARY)
+                if not wanted.sampling.top_k:
+                    least = float(whole[t, list(kept)].min().exp())
+                    assert float(share.exp()) > wanted.sampling.top_p - 1e-5 > float(share.exp()) - least - 2e-5
+                outside = [i for i in range(VOCABULARY) if i not in set(kept)]
+                assert float(whole[t, outside].max()) <= float(whole[t, list(kept)].min()) + 1e-5
 
 
 def published(policy: PolicySection, directory: Path, step: int, change: Callable[[torch.Tensor], torch.Tensor]) -> str:
@@ -232,7 +271,7 @@ def test_new_weights_between_responses(roomy: Host, policy: PolicySection, tmp_p
 def test_new_weights_in_mid_generation(cramped: Host, policy: PolicySection, tmp_path: Path) -> None:
     """`keep`: rows and log-probabilities before the boundary are the old weights', those after it the new ones'."""
     manifest = published(policy, tmp_path, 9, lambda tensor: tensor * 1.05)
-    requests = [request(length, length, samples=2, max_tokens=300) for length in (3, 40, 90)]
+    requests = [prompt(length, length, samples=2, max_tokens=300) for length in (3, 40, 90)]
     groups = cramped.call("generate_while_loading", requests, manifest, 0.4)
     old = TransformersEngine(policy, CaptureSection(last_layers=3))
     new = TransformersEngine(changed_policy(policy, manifest, tmp_path), CaptureSection(last_layers=3))
@@ -260,6 +299,22 @@ def changed_policy(policy: PolicySection, manifest: str, directory: Path) -> Pol
     out = directory / "changed"
     model.save_pretrained(out)
     return PolicySection(model=str(out))
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_heads(ray_session: str, policy: PolicySection, tmp_path: Path) -> None:
+    """Tensor parallelism, and with it vLLM in processes of its own: rows are summed over the ranks' heads."""
+    del ray_session
+    section = RolloutSection(engine="vllm", max_batch_rows=32, vllm=VllmSection(tensor_parallel=2))
+    host = Host(policy, CaptureSection(last_layers=3), section)
+    try:
+        assert_is_recomputed(policy, 3, REQUESTS, host.call("generate", REQUESTS))
+        manifest = published(policy, tmp_path, 4, lambda tensor: tensor * 1.02)
+        assert host.call("load", manifest) == PolicyVersion(1, 4)
+        assert_is_recomputed(changed_policy(policy, manifest, tmp_path), 3, REQUESTS, host.call("generate", REQUESTS))
+    finally:
+        host.call("close")
+        host.kill()
 
 
 class OwnVllm:
@@ -291,6 +346,75 @@ class OwnVllm:
         ]
 
 
+class SpeculativeVllm:
+    """A vLLM that drafts three tokens by looking the last ones up in the text so far."""
+
+    def run(self, model: str, prompts: list[list[int]]) -> tuple[list[Any], dict[str, int]]:
+        import os
+
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM, SamplingParams
+
+        from rollout.vllm_capture.request import extra_args
+
+        llm = LLM(
+            model,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            enforce_eager=True,
+            block_size=32,
+            kv_cache_memory_bytes=64 * 2**20,
+            disable_log_stats=False,
+            speculative_config={
+                "method": "ngram",
+                "num_speculative_tokens": 3,
+                "prompt_lookup_min": 1,
+                "prompt_lookup_max": 2,
+            },
+            worker_extension_cls="rollout.vllm_capture.extension.CaptureExtension",
+        )
+        llm.collective_rpc("attune_capture_start", args=({"last_layers": 3},))
+        keys = [str(i) for i in range(len(prompts))]
+        asked = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=60,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=extra_args(key, range(len(ids)), [0], [1.0]),
+            )
+            for key, ids in zip(keys, prompts, strict=True)
+        ]
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        fetched = llm.collective_rpc("attune_capture_pop", args=(keys, [len(ids) for ids in tokens]))[0]
+        counters = {metric.name: int(metric.value) for metric in llm.get_metrics() if hasattr(metric, "value")}
+        return [
+            (ids, np.frombuffer(each["statistics"], np.float32).reshape(-1, 4))
+            for ids, each in zip(tokens, fetched, strict=True)
+        ], counters
+
+
+@pytest.mark.slow
+def test_rejected_drafts_leave_no_trace(ray_session: str, policy: PolicySection) -> None:
+    import ray
+
+    del ray_session
+    prompts = [list(prompt(length, length).prompt_ids) for length in (7, 40, 120)]
+    host: Any = ray.remote(SpeculativeVllm)
+    actor = host.options(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}).remote()
+    library: Any = ray
+    statistics, counters = library.get(actor.run.remote(policy.model, prompts), timeout=300)
+    drafted = counters["vllm:spec_decode_num_draft_tokens"]
+    assert 0 < counters["vllm:spec_decode_num_accepted_tokens"] < drafted
+    oracle = TransformersEngine(policy, CaptureSection(last_layers=3))
+    for ids, (tokens, rows) in zip(prompts, statistics, strict=True):
+        keys = KeySets(tuple(range(len(ids))), (0,), (1.0,))
+        expected = asyncio.run(oracle.recompute(ids, tokens, keys, temperature=1.0)).attention
+        assert_same(AttentionRows(*rows.T), expected)
+    library.kill(actor)
+
+
 @pytest.mark.slow
 def test_the_documented_example_and_capture_changes_nothing(ray_session: str, policy: PolicySection) -> None:
     import ray
@@ -299,7 +423,7 @@ def test_the_documented_example_and_capture_changes_nothing(ray_session: str, po
     page = Path("docs/attention-capture.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(code.splitlines()) <= 30
-    prompts = [list(request(length, length).prompt_ids) for length in (5, 70, 200)]
+    prompts = [list(prompt(length, length).prompt_ids) for length in (5, 70, 200)]
     host: Any = ray.remote(OwnVllm)
     actor = host.options(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}).remote()
     library: Any = ray

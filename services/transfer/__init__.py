@@ -1,0 +1,13 @@
+"""Weights from the learner to every engine at once, by a collective, without a file between them.
+
+One party sends (rank 0 of the learner), all others receive: each worker of each engine. They meet at a store of the
+sender's, whose address goes round in an `Offer`; the bytes go in buckets through a process group that lives as long as
+the one transfer. gloo carries them between hosts' memories, NCCL where every party has a GPU of its own.
+
+    sender      offer ............. start(plan)    bucket 0  checksum 0  bucket 1 ...  waits for all .... end
+    receiver            join(name) .............. takes it, verifies it, hands it on ... done(name)
+
+Every wait has a deadline of the offer's. A party that dies breaks the group, and so the transfer, for all: the sender
+reports who received everything, who refused and why, and who did not answer; a receiver raises `Broken`, which says
+what it knows. Then there is another transfer, of the same version or a later one.
+"""

@@ -1,0 +1,277 @@
+"""Transfers between real processes over gloo: what arrives is what was sent; who dies or hangs is named in time."""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from services.transfer.group import backend_for, broadcast, finish, join, new_group, put
+from services.transfer.offer import Broken, Report
+from services.transfer.packing import TensorMeta, checksum, pack, packed_bytes, unpack, words_checksum
+from services.transfer.receiver import receiving
+from services.transfer.sender import Sender, withdraw
+from tests.transfer.party import CPU, plan, receive, send, sender, tensors
+
+Party = Callable[..., tuple[Any, Any]]
+PHASE_S = 4.0
+A, B = "rollout-0/0", "rollout-1/0"
+
+
+@pytest.fixture
+def party() -> Iterator[Party]:
+    """Starts a function of `party.py` in a process of its own, forked from one that has torch; kills what is left."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.transfer.party"])
+    started: list[Any] = []
+
+    def start(function: Callable[..., None], *arguments: Any, **settings: Any) -> tuple[Any, Any]:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=function, args=(theirs, *arguments), kwargs=settings, daemon=True)
+        process.start()
+        started.append(process)
+        return process, ours
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def said(pipe: Any, seconds: float = 30) -> Any:
+    assert pipe.poll(seconds)
+    return pipe.recv()
+
+
+def send_all(one: Sender, buckets: int, *, before: dict[int, Callable[[], object]] | None = None) -> Report:
+    """The learner's side of a transfer; `before` is done before a bucket."""
+    going = one.start(plan(buckets))
+    for index in range(buckets):
+        if not going:
+            break
+        (before or {}).get(index, lambda: None)()
+        going = one.send(index, tensors(index))
+    return one.finish()
+
+
+def test_two_receivers_get_the_same_bits_a_bucket_at_a_time(party: Party, tmp_path: Path) -> None:
+    buckets = 12
+    one = sender([A, B])
+    pipes = [party(receive, one.offer, name, str(tmp_path / name[-3]))[1] for name in (A, B)]
+    report = send_all(one, buckets)
+    assert (report.received, report.whole, report.backend) == ((A, B), True, "gloo")
+    assert report.bytes == sum(map(packed_bytes, plan(buckets)))
+    sent = {name: tensor for index in range(buckets) for name, tensor in tensors(index).items()}
+    for name, pipe in zip((A, B), pipes, strict=True):
+        assert isinstance(said(pipe), int)
+        taken = torch.load(tmp_path / name[-3])
+        assert list(taken) == list(sent)
+        assert all(torch.equal(taken[key], sent[key]) and taken[key].dtype == sent[key].dtype for key in sent)
+
+
+def test_a_receiver_needs_the_memory_of_a_bucket_not_of_the_model(party: Party) -> None:
+    one = sender([A])
+    _, pipe = party(receive, one.offer, A)
+    assert send_all(one, 120).whole  # 180 MiB
+    assert said(pipe) < 60 * 2**20  # what the process takes for itself, half of it, is in it
+
+
+def test_a_receiver_that_dies_is_named_and_the_other_is_not_kept(party: Party) -> None:
+    one = sender([A, B])
+    dying, _ = party(receive, one.offer, A)
+    _, living = party(receive, one.offer, B)
+    died: list[float] = []
+
+    def kill() -> None:
+        dying.kill()
+        died.append(time.monotonic())
+
+    report = send_all(one, 8, before={3: kill})
+    assert time.monotonic() - died[0] < 2 * PHASE_S
+    assert report.received == ()
+    assert list(report.silent) == [A]
+    assert list(report.refused) == [B]
+    assert re.match(r"the transfer of version 1\.3: learner-0 ended it: bucket \d of 8", said(living))
+
+
+def test_a_receiver_that_hangs_is_named_at_the_deadline(party: Party) -> None:
+    one = sender([A, B], phase_s=1.5)
+    hanging, _ = party(receive, one.offer, A)
+    _, living = party(receive, one.offer, B)
+    began: list[float] = []
+
+    def stop() -> None:
+        os.kill(hanging.pid, signal.SIGSTOP)
+        began.append(time.monotonic())
+
+    report = send_all(one, 100, before={3: stop})
+    assert time.monotonic() - began[0] < 10
+    assert list(report.silent) == [A]
+    assert list(report.refused) == [B]
+    assert "the transfer of version 1.3" in said(living)
+
+
+def test_a_supervisor_that_knows_of_a_death_ends_the_wait(party: Party) -> None:
+    one = sender([A, B], join_s=60.0)
+    party(receive, one.offer, B)
+    withdraw(one.offer, [A])
+    began = time.monotonic()
+    report = send_all(one, 2)
+    assert time.monotonic() - began < 30
+    assert report.received == (B,)
+    assert report.silent == {A: "it is dead"}
+
+
+def test_who_does_not_come_is_named_and_the_others_are_served(party: Party) -> None:
+    one = sender([A, B], join_s=4.0)
+    party(receive, one.offer, A)
+    report = send_all(one, 2)
+    assert report.received == (A,)
+    assert report.silent == {B: "it did not join within 4 s"}
+    nobody = sender([A], join_s=0.2)
+    assert send_all(nobody, 2).silent == {A: "it did not join within 0 s"}
+
+
+def test_a_sender_that_dies_is_named_within_the_deadline(party: Party) -> None:
+    process, pipe = party(send, [A], hang_after=4)
+    offer = said(pipe)
+    taken: list[str] = []
+    died: list[float] = []
+
+    def take() -> None:
+        with receiving(offer, A, CPU) as incoming:
+            for name, _ in incoming.tensors:
+                taken.append(name)
+                if name == "1.bias":
+                    process.kill()
+                    process.join()
+                    died.append(time.monotonic())
+
+    with pytest.raises(Broken, match=r"the transfer of version 1\.3: learner-0 is gone"):
+        take()
+    assert time.monotonic() - died[0] < PHASE_S
+    assert taken[:4] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    with pytest.raises(Broken, match=f"learner-0 is not at {offer.address}"), receiving(offer, A, CPU):
+        pass
+
+
+def test_a_sender_that_stops_sending_is_named_at_the_deadline(party: Party) -> None:
+    _, pipe = party(send, [A], hang_after=1)
+    expected = r"waited 4 s for bucket 2 of 4 of .*learner-0 did not send it"
+    with pytest.raises(Broken, match=expected), receiving(said(pipe), A, CPU) as incoming:
+        list(incoming.tensors)
+
+
+class Liar:
+    """A sender that speaks the wire format, and says another checksum than its bytes have."""
+
+    def __init__(self, one: Sender) -> None:
+        self.offer = one.offer
+        self._store = join(one.offer.host, one.offer.port, one.offer.key, PHASE_S)
+
+    def send(self) -> None:
+        bucket = plan(1)[0]
+        flat = torch.zeros(packed_bytes(bucket), dtype=torch.uint8)
+        pack(bucket, tensors(0), flat)
+        said = checksum(flat)
+        flat[100] ^= 1
+        start = {"backend": "gloo", "receivers": [A], "plan": [[meta.to_json() for meta in bucket]]}
+        put(self._store, "start", start)
+        group = new_group(self._store, "gloo", 0, 2, "127.0.0.1", PHASE_S)
+        put(self._store, "checksum/0", said)
+        finish(broadcast(group, flat, PHASE_S, "a lie"), PHASE_S, "a lie")
+        time.sleep(1)
+
+
+def test_a_damaged_bucket_is_refused_before_its_first_tensor() -> None:
+    one = sender([A])
+    liar = threading.Thread(target=Liar(one).send)
+    liar.start()
+    taken: list[str] = []
+    expected = r"bucket 1 of 1 of the transfer of version 1\.3: its checksum is not"
+    with pytest.raises(Broken, match=expected), receiving(one.offer, A, CPU) as incoming:
+        taken.extend(name for name, _ in incoming.tensors)
+    assert taken == []
+    liar.join()
+
+
+def test_a_receiver_that_is_not_asked_for_does_not_disturb() -> None:
+    one = sender([A])
+    with pytest.raises(Broken, match=rf"is not for {B}, but for {A}"), receiving(one.offer, B, CPU):
+        pass
+
+
+def test_packed_tensors_are_those_that_were_packed() -> None:
+    metas = [
+        TensorMeta("scalar", torch.float64, ()),
+        TensorMeta("empty", torch.float32, (0, 3)),
+        TensorMeta("odd", torch.bool, (7,)),
+        TensorMeta("half", torch.bfloat16, (3, 5)),
+    ]
+    values = {meta.name: torch.rand(meta.shape).mul(9).to(meta.dtype) for meta in metas}
+    flat = torch.zeros(packed_bytes(metas), dtype=torch.uint8)
+    pack(metas, values, flat)
+    assert all(torch.equal(tensor, values[name]) for name, tensor in unpack(metas, flat))
+    assert [TensorMeta.from_json(json.loads(json.dumps(meta.to_json()))) for meta in metas] == metas
+    with pytest.raises(ValueError, match="odd was announced"):
+        pack(metas, {**values, "odd": torch.zeros(8, dtype=torch.bool)}, flat)
+    with pytest.raises(ValueError, match="'manual_seed' is no type"):
+        TensorMeta.from_json(["x", "manual_seed", [1]])
+
+
+@pytest.mark.parametrize("digest", [checksum, words_checksum])
+def test_any_damage_changes_the_checksum(digest: Callable[[torch.Tensor], str]) -> None:
+    """Both kinds, the GPU's too: a flipped bit, two words that changed places, a bit that went to another place."""
+    flat = torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    before = digest(flat)
+    for bit in range(0, 8 * len(flat), 97):
+        damaged = flat.clone()
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        assert digest(damaged) != before
+    swapped = flat.clone()
+    swapped[8:16], swapped[80:88] = flat[80:88], flat[8:16]
+    assert digest(swapped) != before
+    zeros = [torch.zeros(4096, dtype=torch.uint8) for _ in range(2)]
+    zeros[0][0] = zeros[1][8] = 1
+    assert digest(zeros[0]) != digest(zeros[1])
+    assert digest(flat.clone()) == before
+
+
+def test_the_checksum_of_words_does_not_hang_on_how_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = torch.randint(0, 256, (8 * 1000,), dtype=torch.uint8)
+    whole = words_checksum(flat)
+    monkeypatch.setattr("services.transfer.packing.CHUNK", 7)
+    assert words_checksum(flat) == whole
+
+
+def test_nccl_needs_a_gpu_of_its_own_for_every_party() -> None:
+    first, second, host = {"device": "cuda", "gpu": "a"}, {"device": "cuda", "gpu": "b"}, {"device": "cpu"}
+    assert backend_for([first, second]) == "nccl"
+    assert backend_for([first, first]) == "gloo"
+    assert backend_for([first, host]) == "gloo"
+    assert backend_for([host, host]) == "gloo"
+
+
+def test_vllm_finds_the_engine_by_the_entry_point() -> None:
+    """As vLLM looks for plugins; `register` itself is run wherever an engine is started."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (entry,) = project["entry-points"]["vllm.general_plugins"].items()
+    assert EntryPoint(*entry, "vllm.general_plugins").load().__name__ == "register"
+
+
+def test_the_store_listens_where_it_was_told_alone() -> None:
+    one = sender([A])
+    lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    listening = [line.split()[1] for line in lines if line.split()[3] == "0A"]
+    mine = [address for address in listening if int(address.split(":")[1], 16) == one.offer.port]
+    assert mine == [f"0100007F:{one.offer.port:04X}"]
