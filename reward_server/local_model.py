@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from reward_server.runner import ModelFacts, ModelSpec, Output, Row
 from services.errors import UserError
@@ -126,6 +127,7 @@ def _load(spec: ModelSpec) -> PreTrainedModel:
     trunk = spec.task == "sequence" and not saved_as(config, "ForSequenceClassification")
     if trunk:
         config.num_labels = 1
+    transformers_logging.disable_progress_bar()  # a bar in a server's log is no line
     try:
         model, info = loader.from_pretrained(
             spec.model,
