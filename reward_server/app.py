@@ -25,6 +25,7 @@ from reward_server.keys import KeyRing, load_keys
 from reward_server.metrics import Metrics
 from reward_server.openapi import NATIVE, document
 from reward_server.problems import Path, Refusal, field_problem, invalid, refusal_of
+from reward_server.runner import ModelRunner
 from reward_server.schema import RewardRequest, RewardResponse
 from reward_server.scorers.base import Scorer
 from reward_server.service import ScoringService
@@ -40,14 +41,15 @@ def create_app(
     *,
     token: str | None = None,
     scorers: Mapping[str, Scorer] | None = None,
+    runners: Mapping[str, ModelRunner] | None = None,
     tells_id: bool = True,
 ) -> FastAPI:
     """The app of a recipe. Without `token` and `keys_file` no route asks for a key. `scorers` replaces sources' own
-    scorers, by name. `tells_id` false: the proxy in front adds X-Request-Id to answers. Raises UserError for a keys
-    file that is none."""
+    scorers, `runners` their models, by the source's name. `tells_id` false: the proxy in front adds X-Request-Id to
+    answers. Raises UserError for a keys file that is none."""
     metrics = Metrics()
     keys = KeyRing(load_keys(section.keys_file) if section.keys_file is not None else (), token)
-    service = ScoringService(section, metrics, scorers)
+    service = ScoringService(section, metrics, scorers, runners=runners)
     answering = Answering(section, service, metrics)
     app = FastAPI(
         title="Attune reward server",

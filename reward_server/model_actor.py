@@ -6,6 +6,7 @@ hands their handles with `ray.get` to an `ActorRunner`, which a scorer takes for
 
 import queue
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -17,14 +18,19 @@ class ModelActor:
     """One replica. A plain class: `ray.remote` makes an actor of it."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        """Loads the model: raises UserError."""
-        self._model: ModelRunner = import_module("reward_server.local_model").LocalModel(spec)
+        """The model is loaded by the first call, so that what is wrong with it comes back as that call's error."""
+        self._spec = spec
 
     def facts(self) -> ModelFacts:
+        """Raises UserError where the model cannot be loaded."""
         return self._model.facts
 
     def run(self, rows: Sequence[Row]) -> list[Output]:
         return self._model.run(rows)
+
+    @cached_property
+    def _model(self) -> ModelRunner:
+        return import_module("reward_server.local_model").LocalModel(self._spec)
 
 
 class ActorRunner:

@@ -10,7 +10,22 @@ from services.scoring_format import StepRule
 Url = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
 
 
-class ModelSource(SourceBase):
+class PlacedSource(SourceBase):
+    """Where a run puts the model of a source: in actors of its own. A server alone holds its models itself."""
+
+    replicas: int = Field(default=1, ge=1, description="In a run: actors that hold this model, each a copy.")
+    cpus: float = Field(
+        default=0.25,
+        ge=0,
+        description="In a run: CPUs that Ray reserves for each; with as many threads, at least one.",
+    )
+    gpus: float = Field(default=0.0, ge=0, description="In a run: GPUs that Ray reserves for each.")
+    restarts: int = Field(
+        default=3, ge=0, description="In a run: how often Ray starts a replica again that died; requests wait or fail."
+    )
+
+
+class ModelSource(PlacedSource):
     """A model of a directory or the hub, from safetensors, in this process. Its `scorer.json` says how it is fed;
     what is given here lies over it."""
 
@@ -147,7 +162,7 @@ RATE = (
 )
 
 
-class JudgeSource(SourceBase):
+class JudgeSource(PlacedSource):
     """A language model that compares the response with the reference, or rates it."""
 
     kind: Literal["judge"] = "judge"

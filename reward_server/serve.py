@@ -17,10 +17,12 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from reward_server.app import create_app
 from reward_server.config import RewardSection
 from reward_server.logs import configure
+from reward_server.runner import ModelRunner
 from reward_server.scorers.base import Scorer
 from services.errors import Deadline, UserError
 
@@ -91,14 +93,17 @@ class RewardServer:
         host: str | None = None,
         port: int | None = None,
         scorers: Mapping[str, Scorer] | None = None,
+        runners: Callable[[], Mapping[str, ModelRunner]] | None = None,
     ) -> None:
-        """`host` and `port` default to the section's. Raises UserError for an open address without a token."""
+        """`host` and `port` default to the section's. `runners` gives the models that live elsewhere, when it starts.
+        Raises UserError for an open address without a token."""
         self.section = section if isinstance(section, RewardSection) else RewardSection.model_validate(section)
         self._host = self.section.host if host is None else host
         self._port = self.section.port if port is None else port
         check_guarded(self.section, token, self._host)
         self._token = token
         self._scorers = scorers
+        self._runners = runners
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._url: str | None = None
@@ -115,8 +120,10 @@ class RewardServer:
         if self._thread is not None:
             raise RuntimeError("the reward server is running already")
         listener = bind(self._host, self._port)
+        # Models are loaded here, or waited for: the host's loop is not held up meanwhile.
+        app = await asyncio.to_thread(self._app)
         config = uvicorn.Config(
-            create_app(self.section, token=self._token, scorers=self._scorers),
+            app,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -138,6 +145,10 @@ class RewardServer:
             await asyncio.sleep(0.005)
         self._url = url_of(self._host, listener)
         return self._url
+
+    def _app(self) -> FastAPI:
+        runners = None if self._runners is None else self._runners()
+        return create_app(self.section, token=self._token, scorers=self._scorers, runners=runners)
 
     async def stop(self) -> None:
         """Takes no more requests, lets those under way finish, and ends. Does nothing where nothing runs."""

@@ -35,7 +35,7 @@ def judge_scorer(name: str, source: JudgeSource, *, runner: ModelRunner | None =
     if source.url is not None:
         return EndpointJudge(revision_of(source, model=source.model), source, partial(questions, source),
                              answers_of(source), partial(verdict, source))  # fmt: skip
-    loaded = load(name, source, "choice", runner)
+    loaded = load(name, source, runner)
     limits = [limit for limit in (source.max_tokens, loaded.facts.max_tokens) if limit is not None]
     form = ScorerFormat(kind="preference", max_tokens=min(limits, default=2**31 - 1))
     judge = LocalJudge(name, source, loaded, form)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from reward_server.batching import MicroBatcher
 from reward_server.model_sources_config import JudgeSource, ModelSource
-from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Output, Row, Task
+from reward_server.placement import model_spec
+from reward_server.runner import ModelFacts, ModelRunner, Output, Row
 from reward_server.schema import ErrorCode, Item
 from reward_server.scorers.base import ItemFailure, Scored, failed
 from services.errors import UserError
@@ -42,24 +43,23 @@ class Loaded:
             raise ItemFailure(ErrorCode.TEMPLATE_REFUSED, str(error)) from error
 
 
-def load(name: str, source: ModelSource | JudgeSource, task: Task, runner: ModelRunner | None = None) -> Loaded:
+def load(name: str, source: ModelSource | JudgeSource, runner: ModelRunner | None = None) -> Loaded:
     """The model of a source. `runner`: one that lives elsewhere; None loads it into this process.
 
     Raises UserError for what an operator can get wrong, a missing package among it.
     """
-    field_name = f"reward.sources.{name}"
-    spec = ModelSpec(source.model, source.model_revision, task, source.dtype, source.device, field_name)
+    spec = model_spec(name, source)
     try:
         transformers: Any = import_module("transformers")
         running: ModelRunner = runner or import_module("reward_server.local_model").LocalModel(spec)
     except ImportError as error:
-        raise UserError(f"{field_name}: a model needs torch and transformers: pip install 'attune[cpu]'") from error
+        raise UserError(f"{spec.field}: a model needs torch and transformers: pip install 'attune[cpu]'") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.model, revision=source.model_revision or "main", trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{field_name}.model: {source.model} has no tokenizer that can be loaded") from error
+        raise UserError(f"{spec.field}.model: {source.model} has no tokenizer that can be loaded") from error
     batcher = MicroBatcher(running, tokens=source.batch_tokens, wait_s=source.batch_wait_ms / 1000, name=name)
     return Loaded(tokenizer, batcher)
 

@@ -18,7 +18,7 @@ from services.scoring_format import CHAT, Example, ScorerFormat, encode_continua
 
 def perplexity_scorer(name: str, source: PerplexitySource, *, runner: ModelRunner | None = None) -> Scorer:
     """Raises UserError for what is no causal language model."""
-    loaded = load(name, source, "likelihood", runner)
+    loaded = load(name, source, runner)
     template = source.input_template or (CHAT if loaded.tokenizer.chat_template is not None else "{prompt}{response}")
     form = ScorerFormat(
         kind="preference",

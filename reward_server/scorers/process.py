@@ -32,7 +32,7 @@ def process_scorer(name: str, source: ProcessSource, *, runner: ModelRunner | No
     options = ("input_template", "strip_bos", "step_rule")
     given = {key: value for key in options if (value := getattr(source, key)) is not None}
     form = ScorerFormat.model_validate({**form.model_dump(), **given})
-    loaded = load(name, source, "steps", runner)
+    loaded = load(name, source, runner)
     by_token = loaded.facts.task == "token"
     form = limited(name, loaded, form, source)
     log_p = log_probability_of(name, loaded.facts.labels, source.neutral)

@@ -53,7 +53,7 @@ def sequence_scorer(
 ) -> Scorer:
     """The scorer of a source with one number for the whole input. Raises UserError."""
     form = format_of(name, source)
-    loaded = load(name, source, "sequence", runner)
+    loaded = load(name, source, runner)
     if len(loaded.facts.labels) != 1:
         raise UserError(
             f"reward.sources.{name}.model: {source.model} has {len(loaded.facts.labels)} labels, a score is one number"
