@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.engine import Engine
+from learner.lora import adapters_of, plain_name
 from services.records import PolicyVersion, WeightsBucket
 from services.weights import write_bucket, write_manifest
 
@@ -37,23 +38,36 @@ def buckets_of(sizes: Sequence[tuple[str, int]], bucket_bytes: int) -> list[list
 
 
 def published_tensors(lm: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and persistent buffers by name: what a model directory holds, partitioned or not."""
+    """Parameters (tied ones once) and persistent buffers by name: what a model directory holds, partitioned or not.
+
+    Weights that have adapters are under their own names, without what the adapters add.
+    """
     named: dict[str, Tensor] = dict(lm.named_parameters())
     every = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
     buffers = dict(lm.named_buffers())
     named |= {name: buffers[name] for name in lm.state_dict() if name not in every and name in buffers}
-    return named
+    return {plain: tensor for name, tensor in named.items() if (plain := plain_name(name)) is not None}
 
 
 def gathered(engine: Engine, bucket_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
-    """The language model's weights, a bucket at a time; the tensors live until the next is asked for. Collective."""
+    """The language model's weights, adapters merged, a bucket at a time; the tensors live until the next is asked for.
+
+    Collective.
+    """
     from deepspeed import zero
 
-    named = published_tensors(engine.lm)
+    named, adapters = published_tensors(engine.lm), adapters_of(engine.lm)
     for names in buckets_of([(name, _bytes(tensor)) for name, tensor in named.items()], bucket_bytes):
-        apart = [named[name] for name in names if _partitioned(named[name])]
+        adapted = {name: adapters[name] for name in names if name in adapters}
+        needed = [named[name] for name in names]
+        needed += [part for adapter in adapted.values() for part in (adapter.down, adapter.up)]
+        apart = [tensor for tensor in needed if _partitioned(tensor)]
         with zero.GatheredParameters(apart, enabled=bool(apart)):
-            yield {name: named[name].data for name in names}
+            plain = {name: named[name].data for name in names}
+            yield plain | {
+                name: (plain[name].float() + adapter.change()).to(plain[name].dtype)
+                for name, adapter in adapted.items()
+            }
 
 
 def publish(engine: Engine, version: PolicyVersion, directory: str | Path, bucket_bytes: int = BUCKET_BYTES) -> str:
