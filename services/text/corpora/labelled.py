@@ -7,13 +7,15 @@ that the accuracy of a model that scores is measured against the truth and not a
     generated:ratings      0.2 for words, 0.4 for this question, 0.8 for the right value, and 0.2 more for courtesy
     generated:principles   two answers that differ in brevity, courtesy, certainty and excitement, and principles; the
                            one with the largest difference decides
-    generated:steps        sums, a line a step; a line is correct if its own sum is, neutral if it has none
+    generated:steps        what comes next among days, months and numbers, a line a step; a line is correct if what it
+                           names does come next, and neutral if it names nothing
 
 The records are those of `services/text/preference_data.py`; held-out ones have questions of the held-out split.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 from typing import Any
 
@@ -65,6 +67,26 @@ PADDING = (
     "It has been so for quite some time.",
 )
 
+CIRCLES = (
+    ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    (
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ),
+    ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
+"""After the last comes the first."""
+
 LETTERS = "bcdfghjklmnpqrstvwxz"
 
 
@@ -72,9 +94,13 @@ def generate_labelled(source: str, seed: int) -> list[Row]:
     """The records of `source`, one of GENERATED, in a random order by the seed. UserError: there is no such corpus."""
     if source not in GENERATED:
         raise UserError(f"reward_model.source: {source!r} is not one of {', '.join(GENERATED)}")
-    questions = [pair for pair in generate_qa(seed) if pair.kind == "country"]
-    rows = GENERATED[source](questions, Random(f"{source}:{seed}"))
+    rows = GENERATED[source](_questions(seed), Random(f"{source}:{seed}"))
     return [Row(f"{source} row {place}", row, None) for place, row in enumerate(rows, start=1)]
+
+
+@lru_cache(maxsize=2)
+def _questions(seed: int) -> tuple[Pair, ...]:
+    return tuple(pair for pair in generate_qa(seed) if pair.kind == "country")
 
 
 def _preferences(questions: Sequence[Pair], draw: Random) -> list[dict[str, Any]]:
@@ -154,21 +180,20 @@ def principle(attribute: str, turned: bool, frames: Sequence[tuple[str, str]], d
 def _steps(questions: Sequence[Pair], draw: Random) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for pair in questions:  # of these only the split is taken, so that all corpora are of one size
-        numbers = [draw.randint(1, 9) for _ in range(draw.randint(3, 5))]
-        total, lines, labels = numbers[0], list[str](), list[str]()
-        for number in numbers[1:]:
+        circle = draw.choice(CIRCLES)
+        here = first = draw.randrange(len(circle))
+        lines, labels = list[str](), list[str]()
+        for _ in range(draw.randint(3, 5)):
             wrong = draw.random() < 0.3
-            result = total + number + (draw.choice((-3, -2, -1, 1, 2, 3)) if wrong else 0)
-            lines.append(f"{total} plus {number} is {result}.")
+            following = (here + (draw.randrange(2, len(circle)) if wrong else 1)) % len(circle)
+            lines.append(f"After {circle[here]} comes {circle[following]}.")
             labels.append("incorrect" if wrong else "correct")
-            total = result
+            here = following
             if draw.random() < 0.2:
                 lines.append(draw.choice(("Let us go on.", "This is the next step.")))
                 labels.append("neutral")
-        listed = f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
-        rows.append(
-            {"prompt": f"Add {listed}.", "response": "\n".join(lines), "step_labels": labels, "split": pair.split}
-        )
+        row = {"prompt": f"Go on from {circle[first]}.", "response": "\n".join(lines), "step_labels": labels}
+        rows.append({**row, "split": pair.split})
     return rows
 
 
