@@ -125,8 +125,9 @@ def _principles(questions: Sequence[Pair], draw: Random) -> list[dict[str, Any]]
     for pair in questions:
         frames = FRAMES if pair.split == "train" else HELD_OUT_FRAMES
         for _ in range(2):
-            answers = [draw_answer(pair.response, draw) for _ in range(2)]
             asked = draw.sample(sorted(ATTRIBUTES), draw.choice((1, 1, 2)))
+            beside = draw.choice([name for name in ATTRIBUTES if name not in asked])
+            answers = [draw_answer(pair.response, (*asked, beside), draw) for _ in range(2)]
             turned = {name: draw.random() < 0.5 for name in asked}
             gaps = {name: answers[0].levels[name] - answers[1].levels[name] for name in asked}
             sizes = sorted((abs(gap) for gap in gaps.values()), reverse=True)
@@ -149,21 +150,24 @@ def _principles(questions: Sequence[Pair], draw: Random) -> list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, and how much it has of each of ATTRIBUTES: -2 to 2, of brevity half its sentences, negative."""
+    """A text, and how much it has of each of ATTRIBUTES: -1 to 1, of brevity half its sentences after the first,
+    negative."""
 
     text: str
     levels: Mapping[str, float]
 
 
-def draw_answer(core: str, draw: Random) -> Answer:
-    """`core` with random marks of each attribute and sentences that say nothing, in random order."""
-    levels: dict[str, float] = {}
+def draw_answer(core: str, attributes: Sequence[str], draw: Random) -> Answer:
+    """`core` with a mark of each of `attributes`, of its opposite, or none; where brevity is among them, with up to
+    four sentences that say nothing. In random order."""
+    levels: dict[str, float] = dict.fromkeys(ATTRIBUTES, 0)
     after: list[str] = []
-    for name, (marks, opposites) in MARKS.items():
-        level = draw.randint(-2, 2)
-        levels[name] = level
-        after += draw.sample(marks if level > 0 else opposites, abs(level))
-    after += draw.sample(PADDING, draw.randint(0, len(PADDING)))
+    for name in attributes:
+        if name == "brevity":
+            after += draw.sample(PADDING, draw.randint(0, len(PADDING)))
+        else:
+            levels[name] = level = draw.randint(-1, 1)
+            after += [draw.choice(MARKS[name][0 if level > 0 else 1])] if level else []
     draw.shuffle(after)
     return Answer(" ".join((core, *after)), {**levels, "brevity": -len(after) / 2})
 
