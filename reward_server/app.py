@@ -1,7 +1,7 @@
 """The scoring service as an ASGI app, without a transport: uvicorn, a Ray actor and a test client serve the same one.
 
-Routes: POST /v1/rewards, GET /livez, /readyz, /metrics, /openapi.json. Every route but /livez needs the bearer token
-where there is one. Prompts and responses never reach a log, nor the text of a refusal.
+Routes: POST /v1/rewards, /v1/interventions, GET /livez, /readyz, /metrics, /openapi.json. Every route but /livez
+needs the bearer token where there is one. Prompts and responses never reach a log, nor the text of a refusal.
 """
 
 import asyncio
@@ -22,15 +22,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reward_server.admission import Admission
 from reward_server.config import RewardSection
+from reward_server.interventions import add_route
 from reward_server.metrics import Metrics
 from reward_server.problems import Refusal, field_problem, invalid, refusal_of
 from reward_server.schema import ErrorResponse, RewardRequest, RewardResponse
-from reward_server.scorers import Scorer
+from reward_server.scorers.base import Scorer
 from reward_server.service import ScoringService
 
 log = logging.getLogger(__name__)
 
-ROUTES = ("/v1/rewards", "/livez", "/readyz", "/metrics", "/openapi.json")
+ROUTES = ("/v1/rewards", "/v1/interventions", "/livez", "/readyz", "/metrics", "/openapi.json")
 IN_THREAD_BYTES = 64 * 2**10
 """Bodies above this are parsed in a thread: a large one would hold up the event loop for milliseconds."""
 
@@ -105,6 +106,8 @@ def create_app(
             async with admission.turn():
                 answer = await service.score(parsed.items, parsed.sources)
             return Response(answer.model_dump_json(), media_type="application/json")
+
+    add_route(app, service.interventions, authenticated=token is not None)
 
     @app.get("/livez")
     async def livez() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]

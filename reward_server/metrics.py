@@ -8,6 +8,7 @@ from reward_server.schema import Component, Result
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SPREAD_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 SCORE_BUCKETS = (-10, -5, -2, -1, -0.5, -0.2, -0.1, 0, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
@@ -37,6 +38,10 @@ class Metrics:
         self._failures = Counter(
             "attune_reward_failures", "Failed components by code.", ["source", "code"], registry=self.registry
         )
+        self._disagreement = Histogram(
+            "attune_reward_disagreement", "Standard deviation over the sources' shifted values of one item.",
+            buckets=SPREAD_BUCKETS, registry=self.registry,
+        )  # fmt: skip
         self._items = Counter("attune_reward_items", "Items by result.", ["status"], registry=self.registry)
         self.admitted = Gauge(
             "attune_reward_admitted_requests", "Requests admitted: being scored or waiting.", registry=self.registry
@@ -61,6 +66,9 @@ class Metrics:
     def answer(self, seconds: float, results: Sequence[Result]) -> None:
         self._request_seconds.observe(seconds)
         self._batch.observe(len(results))
+        for result in results:
+            if "disagreement" in result.detail:
+                self._disagreement.observe(result.detail["disagreement"])
         counts: Mapping[str, int] = {
             status: sum(result.status == status for result in results) for status in ("ok", "failed")
         }

@@ -44,6 +44,16 @@ class ErrorCode(StrEnum):
     MISSING_RESPONSE = "missing_response"
     MISSING_RESPONSE_IDS = "missing_response_ids"
     MISSING_REFERENCE = "missing_reference"
+    MISSING_PROMPT = "missing_prompt"
+    MISSING_FACTS = "missing_facts"
+    MISSING_PRINCIPLES = "missing_principles"
+    INVALID_REFERENCE = "invalid_reference"
+    NO_LETTERS = "no_letters"
+    PATTERN_TIMEOUT = "pattern_timeout"
+    # of a model: what it is fed, and what it says
+    INPUT_TOO_LONG = "input_too_long"
+    TEMPLATE_REFUSED = "template_refused"
+    JUDGE_UNCLEAR = "judge_unclear"
     # of the result
     NON_FINITE_SCORE = "non_finite_score"
     # of the client's side: the server refuses an item of this size
@@ -51,9 +61,12 @@ class ErrorCode(StrEnum):
     # of the service
     SOURCE_ERROR = "source_error"
     SOURCE_TIMEOUT = "source_timeout"
+    # of another service that a source asks: it gave no usable answer, or it says itself that the item failed
+    UPSTREAM_UNAVAILABLE = "upstream_unavailable"
+    UPSTREAM_FAILED = "upstream_failed"
 
 
-INFRA_CODES = frozenset({ErrorCode.SOURCE_ERROR, ErrorCode.SOURCE_TIMEOUT})
+INFRA_CODES = frozenset({ErrorCode.SOURCE_ERROR, ErrorCode.SOURCE_TIMEOUT, ErrorCode.UPSTREAM_UNAVAILABLE})
 """Codes of kind `infra`: the same item may well be scored elsewhere, or later. All others are of kind `data`."""
 
 
@@ -152,6 +165,7 @@ class Item(Body):
     reference: str | None = None
     facts: tuple[str, ...] | None = None
     principles: tuple[str, ...] | None = None
+    prompt_class: Annotated[str, Field(max_length=64)] | None = None
     attention: AttentionBody | None = None
     attention_options: AttentionOptionsBody | None = None
 
@@ -210,6 +224,7 @@ class Result(Answer):
     components: dict[str, Component]
     error: ItemError | None
     flags: tuple[str, ...] = ()
+    detail: dict[str, float | int] = {}
 
     @model_validator(mode="after")
     def _number_or_failure(self) -> Self:

@@ -20,7 +20,7 @@ import uvicorn
 
 from reward_server.app import create_app
 from reward_server.config import RewardSection
-from reward_server.scorers import Scorer
+from reward_server.scorers.base import Scorer
 from services.errors import Deadline, UserError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ Where the input has more tokens than the model takes, the conversation is cut fr
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -165,15 +165,18 @@ def render(tokenizer: Any, form: ScorerFormat, example: Example) -> str:
     block = _block(form.principle_template, "principles", example.principles)
     if form.input_template != CHAT:
         before, _, between, _, after = _PLACES.split(form.input_template)
-        return before + _plain(turns) + between + example.response + after + (f"\n\n{block}" if block else "")
+        return before + plain_text(turns) + between + example.response + after + (f"\n\n{block}" if block else "")
     turns = [*turns, Turn("assistant", example.response)]
-    if block:
-        turns.append(Turn("user", block))
+    return chat_text(tokenizer, [*turns, Turn("user", block)] if block else turns)
+
+
+def chat_text(tokenizer: Any, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
+    """The chat template's text. Raises TemplateRefused, and UserError where there is no template."""
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError("input_template: chat, but the tokenizer has no chat template: give a text with {prompt}")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
     except Exception as error:
         # A template is a program of the model's author: whatever it raises is about these messages.
         roles = ", ".join(turn.role for turn in turns)
@@ -217,6 +220,33 @@ def encode_prefixes(
         for _, end in split_steps(example.response, form.step_rule)
         for part in [replace(fitted, response=example.response[:end])]
     )
+
+
+def encode_continuation(
+    tokenizer: Any, form: ScorerFormat, example: Example, max_tokens: int | None = None
+) -> tuple[Encoded, int]:
+    """The prompt as a policy sees it and the response's tokens after it; and where the response begins in the ids.
+
+    For a language model that says how likely the response is: no end of sequence is written.
+    """
+    response = tuple(int(i) for i in tokenizer(example.response, add_special_tokens=False)["input_ids"])
+
+    def write(turns: tuple[Turn, ...]) -> tuple[int, ...]:
+        shown = _with_facts(form, replace(example, turns=turns))
+        if form.input_template == CHAT:
+            text = chat_text(tokenizer, shown, generation_prompt=True)
+        else:
+            before, _, between, _, _ = _PLACES.split(form.input_template)
+            text = before + plain_text(shown) + between
+        return _tokens(tokenizer, form, text)[0] + response
+
+    _, encoded = fit(tokenizer, example.turns, write, _allowed(form, max_tokens))
+    return encoded, len(encoded.ids) - len(response)
+
+
+def encode_text(tokenizer: Any, form: ScorerFormat, text: str) -> tuple[int, ...]:
+    """Token ids of a text that is rendered already, with the format's rule for the beginning of sequence."""
+    return _tokens(tokenizer, form, text)[0]
 
 
 def split_steps(text: str, rule: StepRule) -> tuple[tuple[int, int], ...]:
@@ -292,7 +322,7 @@ def _with_facts(form: ScorerFormat, example: Example) -> list[Turn]:
     return turns
 
 
-def _plain(turns: Sequence[Turn]) -> str:
+def plain_text(turns: Sequence[Turn]) -> str:
     """One message is its content; several are told apart by their roles."""
     if len(turns) == 1:
         return turns[0].content
@@ -312,22 +342,40 @@ def _tokens(tokenizer: Any, form: ScorerFormat, text: str) -> tuple[tuple[int, .
     return ids[double:], None if offsets is None else offsets[double:]
 
 
-def _fitted(tokenizer: Any, form: ScorerFormat, example: Example, max_tokens: int | None) -> tuple[Example, Encoded]:
-    """The example with as much of its conversation as fits, and its ids."""
-    allowed = form.max_tokens if max_tokens is None else min(form.max_tokens, max_tokens)
-    fitted = example
+def fit(
+    tokenizer: Any, turns: Sequence[Turn], write: Callable[[tuple[Turn, ...]], tuple[int, ...]], allowed: int
+) -> tuple[tuple[Turn, ...], Encoded]:
+    """As much of a conversation as leaves at most `allowed` ids, and those: `write` gives the ids of an input.
+
+    Raises InputTooLong.
+    """
+    fitted = tuple(turns)
     dropped = 0
     while True:
-        ids, _ = _tokens(tokenizer, form, render(tokenizer, form, fitted))
+        ids = write(fitted)
         if len(ids) <= allowed:
             return fitted, Encoded(ids, (PROMPT_TRUNCATED,) if dropped else ())
-        sizes = [_starts(tokenizer, turn.content) for turn in example.turns]
+        sizes = [_starts(tokenizer, turn.content) for turn in turns]
         spare = sum(len(size) for size in sizes) - MIN_PROMPT_TOKENS
         if dropped >= spare:
             raise InputTooLong(len(ids), allowed)
         # What a cut saves is known only when the rest is tokenised again; each round drops one token at least.
         dropped = min(dropped + len(ids) - allowed, spare)
-        fitted = replace(example, turns=_without(example.turns, sizes, dropped))
+        fitted = _without(turns, sizes, dropped)
+
+
+def _fitted(tokenizer: Any, form: ScorerFormat, example: Example, max_tokens: int | None) -> tuple[Example, Encoded]:
+    """The example with as much of its conversation as fits, and its ids."""
+
+    def write(turns: tuple[Turn, ...]) -> tuple[int, ...]:
+        return _tokens(tokenizer, form, render(tokenizer, form, replace(example, turns=turns)))[0]
+
+    turns, encoded = fit(tokenizer, example.turns, write, _allowed(form, max_tokens))
+    return replace(example, turns=turns), encoded
+
+
+def _allowed(form: ScorerFormat, max_tokens: int | None) -> int:
+    return form.max_tokens if max_tokens is None else min(form.max_tokens, max_tokens)
 
 
 def _starts(tokenizer: Any, content: str) -> list[int]:
