@@ -132,6 +132,26 @@ def reward_model(
 
 
 @app.command()
+def preferences(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Comparisons, a JSON object a line; must not exist.")],
+    overrides: Overrides = None,
+) -> None:
+    """Makes synthetic comparisons: off-topic negatives, or a judge's preferences by principles."""
+    from cluster.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+    from cluster.preferences import write_preferences
+
+    console = _console()
+    written = write_preferences(config, out, console=console)
+    said = f"Done: {written.comparisons} comparisons in {out}"
+    if written.consistent is not None:
+        said += f"; the judge agrees with itself in both orders on {written.consistent:.1%}, {written.failed} undecided"
+    console.print(said, highlight=False)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A committed checkpoint: RUN/checkpoints/step_N.")],
     directory: Annotated[Path, typer.Argument(help="Where the model directory is written; must not exist.")],
