@@ -146,10 +146,10 @@ def with_paraphrases(
 def probes_of(records: Sequence[Labelled], count: int, seed: int) -> list[Comparison]:
     """At most `count` prompts with a best, a bad, an irrelevant and a meaningless answer, ranked in this order.
 
-    Best and bad are a prompt's own highest and lowest answers, the irrelevant one is the best of another prompt, and
+    Best and bad are a prompt's own highest answer and the next below it, the irrelevant one is the best of another prompt, and
     the meaningless one is its own best with every word's letters drawn anew. Steps have no probes.
     """
-    ends = _best_and_worst(records)
+    ends = _best_and_next(records)
     draw = random.Random(f"probes:{seed}")
     draw.shuffle(ends)
     half = len(ends) // 2
@@ -165,22 +165,22 @@ def probes_of(records: Sequence[Labelled], count: int, seed: int) -> list[Compar
     return found
 
 
-def _best_and_worst(records: Sequence[Labelled]) -> list[tuple[Asked, str, str]]:
-    """(asked, best, worst) of comparisons, and of prompts that have several ratings."""
-    ends = [
-        (record.asked, *(record.responses[record.ranks.index(end(record.ranks))] for end in (min, max)))
-        for record in records
-        if isinstance(record, Comparison) and record.probability > 0.5
-    ]
-    rated_by_prompt: dict[str, list[tuple[float, Rating]]] = {}
-    for record in records:
-        if isinstance(record, Rating) and record.rating is not None:
-            rated_by_prompt.setdefault(record.asked.key, []).append((record.rating, record))
-    for rows in rated_by_prompt.values():
-        ordered = sorted(rows, key=lambda row: row[0])
-        if ordered[0][0] < ordered[-1][0]:
-            ends.append((ordered[0][1].asked, ordered[-1][1].response, ordered[0][1].response))
-    return [(asked, best, worst) for asked, best, worst in ends]
+def _best_and_next(records: Sequence[Labelled]) -> list[tuple[Asked, str, str]]:
+    """(asked, best, next below it) of comparisons, and of prompts that have several ratings."""
+    answers: dict[str, tuple[Asked, list[tuple[float, str]]]] = {}
+    for place, record in enumerate(records):
+        if isinstance(record, Comparison) and record.probability > 0.5:
+            ranked = [(float(rank), text) for rank, text in zip(record.ranks, record.responses, strict=True)]
+            answers[f"{place}"] = (record.asked, ranked)
+        elif isinstance(record, Rating) and record.rating is not None:
+            answers.setdefault(record.asked.key, (record.asked, []))[1].append((-record.rating, record.response))
+    ends: list[tuple[Asked, str, str]] = []
+    for asked, ranked in answers.values():
+        best = min(ranked)
+        below = min((answer for answer in ranked if answer[0] > best[0]), default=None)
+        if below is not None:
+            ends.append((asked, best[1], below[1]))
+    return ends
 
 
 def _encode(

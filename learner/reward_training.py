@@ -148,8 +148,8 @@ class _Run:
                 total, seen = torch.zeros((), dtype=torch.float64), 0
 
     @torch.no_grad()
-    def scores(self, examples: Sequence[Example]) -> tuple[Scores, float]:
-        """Every example's scores, and the mean loss; the same on all ranks."""
+    def scores(self, examples: Sequence[Example], *, loss_too: bool = True) -> tuple[Scores, float]:
+        """Every example's scores, and the mean loss (0 where it is not asked for); the same on all ranks."""
         engine = self.engine
         (plan,) = self._plan(examples, 1)
         starts = [0]
@@ -161,7 +161,8 @@ class _Run:
         for micro in plan.ranks[engine.rank]:
             mine = [examples[row] for row in micro.rows]
             logits = engine.score(self._collate(mine)).cpu()
-            loss = loss + self._loss_of(logits, mine, micro.weights, weight)
+            if loss_too:
+                loss = loss + self._loss_of(logits, mine, micro.weights, weight)
             place = 0
             for index, (row, counts) in enumerate(zip(micro.rows, micro.weights, strict=True)):
                 example = examples[row]
@@ -183,7 +184,10 @@ class _Run:
         return {"loss": loss, **held_out_figures(examples, scores, self.section.shape)}
 
     def probe(self, probes: Sequence[Example]) -> dict[str, Any]:
-        return {"probes": {"prompts": len(probes), **probe_order(self.scores(probes)[0])}} if probes else {}
+        if not probes:
+            return {}
+        scores, _ = self.scores(probes, loss_too=False)  # four answers to a prompt, whatever is learnt
+        return {"probes": {"prompts": len(probes), **probe_order(scores)}}
 
     def _plan(self, examples: Sequence[Example], minibatches: int) -> tuple[Minibatch, ...]:
         section = self.engine.section

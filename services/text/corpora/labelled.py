@@ -125,9 +125,9 @@ def _principles(questions: Sequence[Pair], draw: Random) -> list[dict[str, Any]]
     for pair in questions:
         frames = FRAMES if pair.split == "train" else HELD_OUT_FRAMES
         for _ in range(2):
-            asked = draw.sample(sorted(ATTRIBUTES), draw.choice((1, 1, 2)))
-            beside = draw.choice([name for name in ATTRIBUTES if name not in asked])
-            answers = [draw_answer(pair.response, (*asked, beside), draw) for _ in range(2)]
+            # Mostly one principle; a second one now and then, which may be about what the answers do not differ in.
+            asked = draw.sample(sorted(ATTRIBUTES), draw.choice((1, 1, 1, 2)))
+            answers = [draw_answer(pair.response, asked, draw) for _ in range(2)]
             turned = {name: draw.random() < 0.5 for name in asked}
             gaps = {name: answers[0].levels[name] - answers[1].levels[name] for name in asked}
             sizes = sorted((abs(gap) for gap in gaps.values()), reverse=True)
