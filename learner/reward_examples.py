@@ -146,8 +146,8 @@ def with_paraphrases(
 def probes_of(records: Sequence[Labelled], count: int, seed: int) -> list[Comparison]:
     """At most `count` prompts with a best, a bad, an irrelevant and a meaningless answer, ranked in this order.
 
-    Best and bad are a prompt's own highest answer and the next below it, the irrelevant one is the best of another prompt, and
-    the meaningless one is its own best with every word's letters drawn anew. Steps have no probes.
+    Best and bad are a prompt's own highest answer and the next below it, the irrelevant one is the best of another
+    prompt, and the meaningless one is its own best with every word's letters drawn anew. Steps have no probes.
     """
     ends = _best_and_next(records)
     draw = random.Random(f"probes:{seed}")
