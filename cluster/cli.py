@@ -115,6 +115,43 @@ def sft(
     console.print(f"Done: validation loss {result.validation_loss:.4f}. The model is in {out}", highlight=False)
 
 
+@app.command(name="reward-model")
+def reward_model(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Where the model that scores is written.")],
+    overrides: Overrides = None,
+) -> None:
+    """Trains a model that scores, from the policy, on comparisons, ratings or labels of steps."""
+    from cluster.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+    from cluster.reward_model import figures_line, train_reward_model
+
+    console = _console()
+    report = train_reward_model(config, out, console=console)
+    console.print(f"Done: {figures_line(report)}. The model is in {out}", highlight=False)
+
+
+@app.command()
+def preferences(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Comparisons, a JSON object a line; must not exist.")],
+    overrides: Overrides = None,
+) -> None:
+    """Makes synthetic comparisons: off-topic negatives, or a judge's preferences by principles."""
+    from cluster.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+    from cluster.preferences import write_preferences
+
+    console = _console()
+    written = write_preferences(config, out, console=console)
+    said = f"Done: {written.comparisons} comparisons in {out}"
+    if written.consistent is not None:
+        said += f"; the judge agrees with itself in both orders on {written.consistent:.1%}, {written.failed} undecided"
+    console.print(said, highlight=False)
+
+
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A committed checkpoint: RUN/checkpoints/step_N.")],
