@@ -42,8 +42,9 @@ format: setup  ## write the style that `make check` asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## docs/configuration-reference.md from the sections' own descriptions
+docs: setup  ## what is written from the code: docs/configuration-reference.md, docs/openapi/
 	$(BIN)/python scripts/configuration_reference.py
+	$(BIN)/python scripts/openapi.py
 
 bench: setup  ## every benchmark, quick; the whole of one: python -m benchmarks.NAME
 	@names=$$(find benchmarks -maxdepth 1 -name '[a-z]*.py' ! -name common.py -printf '%f\n' | sed 's/\.py$$//' | sort); \

@@ -8,6 +8,7 @@ Heavy libraries are imported by the command that needs them, so that `attune --h
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,6 +115,43 @@ def sft(
     console.print(f"Done: validation loss {result.validation_loss:.4f}. The model is in {out}", highlight=False)
 
 
+@app.command(name="reward-model")
+def reward_model(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Where the model that scores is written.")],
+    overrides: Overrides = None,
+) -> None:
+    """Trains a model that scores, from the policy, on comparisons, ratings or labels of steps."""
+    from cluster.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+    from cluster.reward_model import figures_line, train_reward_model
+
+    console = _console()
+    report = train_reward_model(config, out, console=console)
+    console.print(f"Done: {figures_line(report)}. The model is in {out}", highlight=False)
+
+
+@app.command()
+def preferences(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Comparisons, a JSON object a line; must not exist.")],
+    overrides: Overrides = None,
+) -> None:
+    """Makes synthetic comparisons: off-topic negatives, or a judge's preferences by principles."""
+    from cluster.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+    from cluster.preferences import write_preferences
+
+    console = _console()
+    written = write_preferences(config, out, console=console)
+    said = f"Done: {written.comparisons} comparisons in {out}"
+    if written.consistent is not None:
+        said += f"; the judge agrees with itself in both orders on {written.consistent:.1%}, {written.failed} undecided"
+    console.print(said, highlight=False)
+
+
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A committed checkpoint: RUN/checkpoints/step_N.")],
@@ -200,6 +238,36 @@ def reward_server(
     from reward_server.serve import run
 
     run(load_reward_section(recipe, overrides or []), host=host, port=port)
+
+
+@app.command(name="reward-key")
+def reward_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; logs and refusals name it.", show_default=False)],
+    file: Annotated[Path, typer.Option(help="Keys file to append to: reward.keys_file of the server's recipe.")],
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Most requests a minute.")] = None,
+    max_items: Annotated[int | None, typer.Option(min=1, help="Most items under way at a time.")] = None,
+) -> None:
+    """Makes an API key of the reward server: prints it, once, and appends its hash to a file."""
+    from reward_server.keys import make_key
+
+    typer.echo(make_key(file, name, requests_per_minute=requests_per_minute, max_items=max_items))
+
+
+@app.command()
+def rewardbench(
+    pairs: Annotated[Path, typer.Argument(help="JSONL: prompt, chosen, rejected, subset.", show_default=False)],
+    url: Annotated[str, typer.Option(help="The reward server.")] = "http://127.0.0.1:8077",
+    key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "ATTUNE_REWARD_TOKEN",
+    source: Annotated[list[str] | None, typer.Option(help="A source to ask; all by default. Repeatable.")] = None,
+    json_file: Json = None,
+) -> None:
+    """How often a reward server prefers the chosen response to the rejected one, by subset."""
+    from reward_server.rewardbench import run_pairs, table
+
+    figures = run_pairs(pairs, url, os.environ.get(key_env), sources=source)
+    _console().print(table(figures), highlight=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures.plain(), indent=2), encoding="utf-8")
 
 
 @app.command()

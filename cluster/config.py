@@ -5,8 +5,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cluster.evaluation_config import EvaluationSection
+from cluster.preferences_config import PreferencesSection
 from learner.checkpoint_config import CheckpointSection
 from learner.config import LearnerSection
+from learner.reward_model_config import RewardModelSection
 from learner.sft_config import SftSection
 from reward_server.config import RewardSection
 from rollout.config import RolloutSection
@@ -124,6 +126,10 @@ class Config(Section):
     reward: RewardSection = Field(default_factory=RewardSection, description="What scores them.")
     learner: LearnerSection = Field(default_factory=LearnerSection, description="How the policy is trained.")
     sft: SftSection = Field(default_factory=SftSection, description="Fine-tuning before reinforcement learning.")
+    preferences: PreferencesSection = Field(default_factory=PreferencesSection, description="Synthetic comparisons.")
+    reward_model: RewardModelSection = Field(
+        default_factory=RewardModelSection, description="Training a model that scores."
+    )
     stream: StreamSection = Field(default_factory=StreamSection, description="The Redis that holds stream and ledger.")
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="When commits are written.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Metrics on held-out prompts.")

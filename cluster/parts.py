@@ -1,13 +1,17 @@
 """The actors that serve a run beside the learner: reward server, scoring workers, rollout actors."""
 
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.config import Config
-from cluster.plan import Part
+from cluster.plan import Part, model_part
 from cluster.reward_actors import RewardActor, ScoringActor
 from cluster.supervise import Running, Supervisor
+from reward_server.model_actor import ModelActor
+from reward_server.placement import model_spec, placed_models
+from reward_server.runner import ModelSpec
 from rollout.worker import RolloutWorker
 
 THIN = {"OMP_NUM_THREADS": "1"}
@@ -28,7 +32,19 @@ def start_rewards(
     url, token = config.reward.worker.url, config.reward.worker_token()
     if url is None:
         token = secrets.token_hex(32)
-        server = supervisor.actor(RewardActor, parts["reward_server"], THIN, config.reward, token=token)
+        models = {
+            name: _model_actors(supervisor, parts[model_part(name)], model_spec(name, source))
+            for name, source in placed_models(config.reward).items()
+        }
+        server = supervisor.actor(
+            RewardActor,
+            parts["reward_server"],
+            THIN,
+            config.reward,
+            token=token,
+            models=models,
+            load_s=config.cluster.start_s,
+        )
         url = supervisor.wait(
             [server.start.remote()],
             ["reward server"],
@@ -53,6 +69,16 @@ def start_rewards(
             stream=config.stream,
         )
         supervisor.services.append(Running(name, worker, worker.run.remote()))
+
+
+def _model_actors(supervisor: Supervisor, part: Part, spec: ModelSpec) -> list[Any]:
+    """The replicas of a source's model."""
+    environment = {"OMP_NUM_THREADS": str(max(1, math.ceil(part.cpus))), "TOKENIZERS_PARALLELISM": "false"}
+    handles: list[Any] = []
+    for index in range(part.count):
+        handles.append(supervisor.actor(ModelActor, part, environment, spec))
+        supervisor.others.append(Running(f"{part.name} {index + 1}", handles[-1]))
+    return handles
 
 
 def start_rollouts(

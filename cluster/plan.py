@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.config import Config
+from reward_server.placement import placed_models
 from services.errors import PlanError
 
 
@@ -19,6 +20,8 @@ class Part:
     cpus: float
     gpus: float = 0.0
     memory_gb: float = 0.0
+    restarts: int = 0
+    """How often Ray starts one again by itself."""
 
     def options(self) -> dict[str, float]:
         """The actor options of Ray."""
@@ -44,7 +47,17 @@ def parts_of(config: Config) -> dict[str, Part]:
     ]
     if config.evaluation.every:
         parts.append(Part("evaluator", 1, cluster.rollout_cpus, cluster.rollout_gpus, cluster.memory_gb))
+    if config.reward.worker.url is None:
+        parts += [
+            Part(model_part(name), source.replicas, source.cpus, source.gpus, restarts=source.restarts)
+            for name, source in placed_models(config.reward).items()
+        ]
     return {part.name: part for part in parts}
+
+
+def model_part(source: str) -> str:
+    """The name of the part that holds a source's model."""
+    return f"model of {source}"
 
 
 def place(parts: Sequence[Part], nodes: Sequence[Node]) -> dict[str, list[str]]:
@@ -81,7 +94,8 @@ def _missing(part: Part, index: int, parts: Sequence[Part], nodes: Sequence[Node
         f"the cluster cannot hold the plan: no node has room for {part.name} {index + 1} of {part.count}, which needs "
         f"{_amount(part.cpus, part.gpus, part.memory_gb)}. The plan: {wanted}; in all {total}. "
         f"The cluster has {there}. "
-        f"Ask for less (cluster.*_cpus, cluster.*_gpus, rollout.actors, learner.ranks) or add nodes"
+        f"Ask for less (cluster.*_cpus, cluster.*_gpus, rollout.actors, learner.ranks, and cpus, gpus and replicas of "
+        f"reward.sources) or add nodes"
     )
 
 

@@ -3,12 +3,16 @@
 A module of their own: neither needs torch in its process.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reward_server.client import RewardClient
 from reward_server.config import RewardSection
+from reward_server.model_actor import ActorRunner
+from reward_server.runner import ModelRunner
 from reward_server.serve import RewardServer, is_loopback
 from reward_server.worker import ScoringWorker
+from services.errors import UserError
 from services.stream.config import StreamSection
 from services.stream.ledger import open_ledger
 
@@ -16,8 +20,28 @@ from services.stream.ledger import open_ledger
 class RewardActor(RewardServer):
     """The run's reward server, on loopback; on a cluster of several nodes, on the address that the others reach."""
 
-    def __init__(self, section: RewardSection, *, token: str) -> None:
-        super().__init__(section, token=token, host=_host(section))
+    def __init__(
+        self, section: RewardSection, *, token: str, models: Mapping[str, Sequence[Any]], load_s: float
+    ) -> None:
+        """`models`: the actors that hold each source's model; `load_s`: deadline for them to load it."""
+
+        def runners() -> dict[str, ModelRunner]:
+            import ray
+
+            get: Any = ray.get
+            return {name: ActorRunner(handles, get, load_s=load_s) for name, handles in models.items()}
+
+        super().__init__(section, token=token, host=_host(section), runners=runners)
+
+    async def start(self) -> str:
+        try:
+            return await super().start()
+        except Exception as error:
+            # An error of a model's actor comes wrapped: the user is told what is wrong with the model.
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, UserError):
+                raise cause from None
+            raise
 
 
 class ScoringActor:

@@ -62,8 +62,12 @@ class Supervisor:
     _rollouts_ever: int = 0
 
     def actor(self, cls: type, part: Part, env: Mapping[str, str], *args: Any, **kwargs: Any) -> Any:
-        """A Ray actor of a plain class; never restarted by Ray, so that nothing comes back without its state."""
-        options: dict[str, Any] = {**part.options(), "runtime_env": {"env_vars": dict(env)}, "max_restarts": 0}
+        """A Ray actor of a plain class. Ray starts again only what has no state: nothing comes back without its own."""
+        options: dict[str, Any] = {
+            **part.options(),
+            "runtime_env": {"env_vars": dict(env)},
+            "max_restarts": part.restarts,
+        }
         return self.ray.remote(cls).options(**options).remote(*args, **kwargs)
 
     def start_rollouts(self, count: int, start: Callable[[str], Running]) -> None:

@@ -1,4 +1,6 @@
-"""The learner's engine: a policy with its value function under DeepSpeed ZeRO-3, one optimiser update at a time.
+"""The learner's engine: what is trained, under DeepSpeed ZeRO-3, one optimiser update at a time.
+
+It is a policy with its value function, or a model that scores.
 
 The losses that come in are sums over this rank's micro-batch divided by counts of the whole minibatch on all ranks, so
 an update does not depend on how a minibatch is cut. DeepSpeed averages gradients over the ranks; they are to be added.
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from learner.config import LearnerSection
 from learner.microbatch import Family
 from learner.policy import ModelInput, PolicyOutput, PolicyWithValue, enable_gradient_checkpointing, parameter_groups
+from learner.scoring_model import ScoringInput, ScoringModel
 from learner.zero import deepspeed_config
 
 # DeepSpeed calls collectives under the names torch has just renamed, and torch warns at every call.
@@ -36,12 +39,14 @@ class NonFinite(Exception):  # noqa: N818 - reads as what it says where it is ra
 
 
 class Engine:
-    """A `PolicyWithValue` that is trained. Every method is collective: all ranks call it, in the same order.
+    """A model that is trained. Every method is collective: all ranks call it, in the same order.
 
     `updates` is the run's number of optimiser updates, for the schedule; None where the schedule does not ask for it.
     """
 
-    def __init__(self, policy: PolicyWithValue, section: LearnerSection, *, updates: int | None, device: str) -> None:
+    def __init__(
+        self, policy: PolicyWithValue | ScoringModel, section: LearnerSection, *, updates: int | None, device: str
+    ) -> None:
         import deepspeed
 
         if section.gradient_checkpointing:
@@ -83,12 +88,16 @@ class Engine:
 
     @property
     def lm(self) -> nn.Module:
-        return self.policy.lm
+        return self._engine.module.lm
 
     def forward(
         self, batch: ModelInput, temperature: float, *, chunks: int, need_entropy: bool = False
     ) -> PolicyOutput:
         return self._engine(batch.to(self.device), temperature, chunks=chunks, need_entropy=need_entropy)
+
+    def score(self, batch: ScoringInput) -> Tensor:
+        """The forward of a `ScoringModel`."""
+        return self._engine(batch.to(self.device))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of this rank's micro-batch; `last` of the minibatch."""

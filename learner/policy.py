@@ -279,9 +279,9 @@ def switch_off_dropout(module: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def enable_gradient_checkpointing(policy: PolicyWithValue) -> None:
+def enable_gradient_checkpointing(policy: nn.Module) -> None:
     """Recomputes the trunks' layers in the backward pass (needs `policy.train()`)."""
-    for lm in (policy.lm, getattr(policy, "value_trunk", None)):
+    for lm in (getattr(policy, "lm", None), getattr(policy, "value_trunk", None)):
         if lm is not None:
             lm.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
 
@@ -330,9 +330,11 @@ def verify_head(policy: PolicyWithValue) -> None:
         )
 
 
-def parameter_groups(policy: PolicyWithValue) -> dict[Literal["policy", "value"], list[tuple[str, nn.Parameter]]]:
-    """Named parameters by learning rate: `lm.*` (tied ones once), and the value function's."""
+def parameter_groups(policy: nn.Module) -> dict[Literal["policy", "value"], list[tuple[str, nn.Parameter]]]:
+    """Named parameters that are trained, by learning rate: `lm.*` (tied ones once), and the value function's."""
     groups: dict[Literal["policy", "value"], list[tuple[str, nn.Parameter]]] = {"policy": [], "value": []}
     for name, parameter in policy.named_parameters():
+        if not parameter.requires_grad:
+            continue
         groups["policy" if name.startswith("lm.") else "value"].append((name, parameter))
     return groups

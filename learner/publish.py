@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from learner.engine import Engine
+from learner.lora import adapters_of, plain_name
 from services.records import PolicyVersion, WeightsBucket
 from services.transfer.packing import TensorMeta
 from services.weights import write_bucket, write_manifest
@@ -37,22 +38,27 @@ def buckets_of(sizes: Sequence[tuple[str, int]], bucket_bytes: int) -> list[list
 
 
 def published_tensors(lm: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and persistent buffers by name: what a model directory holds, partitioned or not."""
+    """Parameters (tied ones once) and persistent buffers by name: what a model directory holds, partitioned or not.
+
+    Weights that have adapters are under their own names, without what the adapters add.
+    """
     named: dict[str, Tensor] = dict(lm.named_parameters())
     every = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
     buffers = dict(lm.named_buffers())
     named |= {name: buffers[name] for name in lm.state_dict() if name not in every and name in buffers}
-    return named
+    return {plain: tensor for name, tensor in named.items() if (plain := plain_name(name)) is not None}
 
 
 class Zero3Source:
-    """The language model's weights out of the partitions, in buckets; may be gone through any number of times.
+    """The language model's weights out of the partitions, adapters merged, in buckets; may be gone through any number
+    of times.
 
     `metadata` and iteration are what vLLM's trainers ask of a `WeightSource`: the same tensors, in the same order.
     """
 
     def __init__(self, engine: Engine, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._named = published_tensors(engine.lm)
+        self._adapters = adapters_of(engine.lm)
         self._bucket_bytes = bucket_bytes
 
     def metadata(self) -> list[TensorMeta]:
@@ -73,9 +79,16 @@ class Zero3Source:
         from deepspeed import zero
 
         for bucket in self.plan():
-            apart = [self._named[meta.name] for meta in bucket if _partitioned(self._named[meta.name])]
+            adapted = {meta.name: self._adapters[meta.name] for meta in bucket if meta.name in self._adapters}
+            needed = [self._named[meta.name] for meta in bucket]
+            needed += [part for adapter in adapted.values() for part in (adapter.down, adapter.up)]
+            apart = [tensor for tensor in needed if _partitioned(tensor)]
             with zero.GatheredParameters(apart, enabled=bool(apart)):
-                yield {meta.name: self._named[meta.name].data for meta in bucket}
+                plain = {meta.name: self._named[meta.name].data for meta in bucket}
+                yield plain | {
+                    name: (plain[name].float() + adapter.change()).to(plain[name].dtype)
+                    for name, adapter in adapted.items()
+                }
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors, a bucket in memory at a time. Collective."""

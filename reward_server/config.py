@@ -3,116 +3,40 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import Field, model_validator
 
-from services.attention.options import PRESETS, AttentionOptions
+from reward_server.model_sources_config import AskingSource
+from reward_server.sources_config import AttentionSource, Summand, SymbolicSource
 from services.config_base import Section
 from services.errors import UserError
 
-Weight = Annotated[float, Field(allow_inf_nan=False)]
+SourceSection = Annotated[SymbolicSource | AskingSource, Field(discriminator="kind")]
 
 
-class SourceBase(Section):
-    """What every source has: its part in the combination, `weight * clip(scale * value + offset)`."""
+class EnsembleSection(Summand):
+    """Several sources as one: their values, shifted by their own constants, are reduced to one that is summed."""
 
-    weight: Weight = Field(default=1.0, description="Factor of this source in the combined reward; may be negative.")
-    required: bool = Field(
-        default=True,
-        description="A required source that failed fails the item; an optional one is left out and flagged.",
+    of: tuple[str, ...] = Field(min_length=2, description="Names of sources; they no longer count by themselves.")
+    reduce: Literal["mean", "min", "quantile"] = Field(
+        default="mean", description="Mean, lowest (the cautious choice), or a lower quantile of the values."
     )
-    offset: Weight = Field(default=0.0, description="Added to the scaled value; a constant of the recipe.")
-    scale: Weight = Field(default=1.0, description="Multiplies the source's value, before the offset.")
-    clip: tuple[Weight, Weight] | None = Field(
-        default=None, description="[lowest, highest] of scale * value + offset; null: not clipped."
-    )
-
-    @model_validator(mode="after")
-    def _clip_is_an_interval(self) -> Self:
-        if self.clip is not None and self.clip[0] > self.clip[1]:
-            raise ValueError(f"clip must be [lowest, highest], got {list(self.clip)}")
-        return self
-
-
-class AttentionSource(SourceBase):
-    """The attention reward of the specification (CAGSR, arXiv 2502.10482)."""
-
-    kind: Literal["attention"] = "attention"
-    preset: Literal["paper", "comparable"] = Field(
-        default="paper", description="Options to start from: the paper's, or all terms on comparable scales."
-    )
-    options: AttentionOptions = Field(
-        default=AttentionOptions(), description="Options laid over the preset: only those that are given count."
-    )
-
-    @field_serializer("options")
-    def _only_what_was_given(self, options: AttentionOptions) -> dict[str, Any]:
-        """A saved recipe must resolve to the same: a default written down would count as given, over the preset."""
-        return options.model_dump(exclude_unset=True)
-
-    def resolved(self) -> AttentionOptions:
-        """The preset with the given options laid over it."""
-        given = self.options.model_dump(exclude_unset=True)
-        return AttentionOptions.model_validate({**PRESETS[self.preset].model_dump(), **given})
-
-
-class LengthSource(SourceBase):
-    """bonus * min(n, target) / target - penalty * max(0, n - target) / target, for a response of n units."""
-
-    kind: Literal["length"] = "length"
-    unit: Literal["tokens", "words", "characters"] = Field(
-        default="tokens", description="What is counted. Tokens: response_ids without a trailing end-of-sequence token."
-    )
-    target: int = Field(
-        default=64, ge=1, description="Length, in units, up to which the bonus grows and past which it costs."
-    )
-    bonus: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False, description="Value at the target; grows linearly from 0."
-    )
-    penalty: float = Field(
-        default=1.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="Taken off for every further `target` units past the target.",
+    quantile: float = Field(
+        default=0.25, ge=0, le=1, description="Of reduce: quantile; linear between neighbours, as numpy has it."
     )
 
 
-class RepetitionSource(SourceBase):
-    """Minus the number of repeated n-grams, as in the `repeat` term of the attention reward."""
+class CrsSection(Section):
+    """A preference and an absolute score side by side: weight * preference + (1 - weight) * absolute."""
 
-    kind: Literal["repetition"] = "repetition"
-    unit: Literal["tokens", "words"] = Field(
-        default="tokens", description="Over response_ids, or over lower-cased words."
+    preference: str = Field(default="preference", description="Name of the preference source, or of an ensemble.")
+    absolute: str = Field(default="absolute", description="Name of the absolute source, or of an ensemble.")
+    weight: float = Field(
+        default=0.5, ge=0, le=1, description="Of the preference; raw scores are averaged, as published."
     )
-    ngrams: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
-        default=(2, 3),
-        min_length=1,
-        max_length=16,
-        description="Lengths of the n-grams, the specification's default.",
-    )
-    repeat_count: Literal["types", "excess"] = Field(
-        default="excess", description="Count repeated n-grams once each (types) or every repetition (excess)."
-    )
-    rate: bool = Field(
-        default=True, description="Divide by the number of n-grams, so that long responses are comparable."
-    )
-
-
-class ExactMatchSource(SourceBase):
-    """1 where the response equals the item's reference, else 0."""
-
-    kind: Literal["exact_match"] = "exact_match"
-    normalise: Literal["none", "whitespace", "words"] = Field(
-        default="words",
-        description="Compared as they are; without regard to white space; or as the sequence of lower-cased words, "
-        "without punctuation.",
-    )
-
-
-SourceSection = Annotated[
-    AttentionSource | LengthSource | RepetitionSource | ExactMatchSource, Field(discriminator="kind")
-]
 
 
 class WorkerSection(Section):
@@ -157,6 +81,26 @@ class WorkerSection(Section):
         return self
 
 
+class AdaptersSection(Section):
+    """How other clients' wire formats are read; docs/reward-server.md has their routes."""
+
+    split_at: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What stands before the response where a client sends prompt and response as one text (verl, TEI), "
+        "for example the chat template's start of the assistant's turn; the last one counts. null: such a text is "
+        "scored as it is, by sources that take one.",
+    )
+    end_texts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "</s>"),
+        description="Texts of end-of-sequence tokens, taken off the end of a response: OpenRLHF and chat templates "
+        "leave them there.",
+    )
+
+
+SourceName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+
+
 def _default_sources() -> dict[str, SourceSection]:
     return {"attention": AttentionSource()}
 
@@ -164,10 +108,27 @@ def _default_sources() -> dict[str, SourceSection]:
 class RewardSection(Section):
     """The reward server. Without a token it binds to loopback only."""
 
-    sources: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")], SourceSection] = Field(
+    sources: dict[SourceName, SourceSection] = Field(
         default_factory=_default_sources,
         min_length=1,
         description="Sources by name; each has a kind. Default: the attention reward as the paper has it.",
+    )
+    ensembles: dict[SourceName, EnsembleSection] = Field(
+        default_factory=dict, description="Ensembles by name, of sources of this recipe."
+    )
+    crs: CrsSection | None = Field(
+        default=None, description="Weights of a preference and an absolute source that add up to 1; null: their own."
+    )
+    disagreement: float | None = Field(
+        default=None,
+        gt=0,
+        description="Standard deviation over the sources' shifted values above which a result is flagged "
+        "sources_disagree; null: none is.",
+    )
+    interventions: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File of interventions (JSON lines, appended to by POST /v1/interventions); null: there are none.",
     )
     allow_options: bool | None = Field(
         default=None,
@@ -181,8 +142,24 @@ class RewardSection(Section):
     token_env: str = Field(
         default="ATTUNE_REWARD_TOKEN", description="Environment variable that holds the bearer token."
     )
+    keys_file: Path | None = Field(
+        default=None,
+        description="File of API keys with names and limits, written by `attune reward-key`; they hold beside the "
+        "token of token_env. null: the token alone.",
+    )
     max_bytes: int = Field(default=16 * 2**20, ge=1024, description="Largest body, in bytes: 413 above. Bounds memory.")
     max_items: int = Field(default=1024, ge=1, description="Most items of a request: 413 above.")
+    max_text_chars: int = Field(
+        default=262_144,
+        ge=1,
+        description="Longest text of an item (a prompt with its messages, a response, a reference, one fact), in "
+        "characters: 413 above.",
+    )
+    max_tokens: int = Field(
+        default=131_072,
+        ge=1,
+        description="Most tokens of a response: of response_ids, and rows or statistics of the attention: 413 above.",
+    )
     concurrency: int = Field(
         default=2, ge=1, description="Requests scored at once; numpy scoring is bound by the processor."
     )
@@ -194,7 +171,15 @@ class RewardSection(Section):
     queue_timeout_s: float = Field(
         default=10.0, gt=0, description="Longest wait of an admitted request for its turn, in seconds: 429 after."
     )
-    retry_after_s: int = Field(default=1, ge=1, description="Retry-After of a 429, in seconds.")
+    retry_after_s: int = Field(default=1, ge=1, description="Retry-After of a 429 or 503, in seconds.")
+    idempotency_window_s: float = Field(
+        default=300.0, gt=0, description="How long an answer is kept for its Idempotency-Key, in seconds."
+    )
+    idempotency_bytes: int = Field(
+        default=64 * 2**20,
+        ge=0,
+        description="Most bytes of answers that are kept for idempotency keys; the oldest go first.",
+    )
     body_timeout_s: float = Field(
         default=30.0, gt=0, description="Deadline for the arrival of a body, in seconds: 408 after."
     )
@@ -206,7 +191,43 @@ class RewardSection(Section):
     ready_timeout_s: float = Field(
         default=5.0, gt=0, description="Deadline of the item that /readyz scores, in seconds."
     )
+    stalled_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="How long a source may fail every request before /readyz says so, in seconds, whatever it makes of "
+        "the built-in item.",
+    )
+    drain_s: int = Field(
+        default=20, ge=1, description="How long requests under way may take after SIGTERM, in seconds; then they end."
+    )
+    log_level: Literal["info", "warning"] = Field(
+        default="info", description="`attune reward-server` logs JSON lines: info has one for each request."
+    )
+    adapters: AdaptersSection = Field(
+        default=AdaptersSection(), description="How other clients' wire formats are read."
+    )
     worker: WorkerSection = Field(default=WorkerSection(), description="The scoring worker of a run.")
+
+    @model_validator(mode="after")
+    def _names_are_of_sources(self) -> Self:
+        taken: dict[str, str] = {}
+        for name, ensemble in self.ensembles.items():
+            if name in self.sources:
+                raise ValueError(f"ensembles.{name}: a source has that name already")
+            for member in ensemble.of:
+                if member not in self.sources:
+                    raise ValueError(f"ensembles.{name}.of: {member} is no source; there are: {_names(self.sources)}")
+                if member in taken:
+                    raise ValueError(f"ensembles.{name}.of: {member} is in {taken[member]} already")
+                taken[member] = name
+        counting = [name for name in (*self.sources, *self.ensembles) if name not in taken]
+        if self.crs is not None:
+            for role in (self.crs.preference, self.crs.absolute):
+                if role not in counting:
+                    raise ValueError(f"crs: {role} is neither a source nor an ensemble; there are: {_names(counting)}")
+            if self.crs.preference == self.crs.absolute:
+                raise ValueError("crs: preference and absolute are two")
+        return self
 
     def options_allowed(self) -> bool:
         """Whether `attention_options` of a request count."""
@@ -231,7 +252,16 @@ class RewardSection(Section):
     def recipe_revision(self) -> str:
         """What scores depend on, as 16 hexadecimal digits: the resolved sources, and whether requests change them."""
         sources = {name: resolved_source(source) for name, source in self.sources.items()}
-        return digest({"sources": sources, "allow_options": self.options_allowed()})
+        values: dict[str, Any] = {"sources": sources, "allow_options": self.options_allowed()}
+        if self.ensembles:
+            values["ensembles"] = {name: ensemble.model_dump(mode="json") for name, ensemble in self.ensembles.items()}
+        if self.crs is not None:
+            values["crs"] = self.crs.model_dump(mode="json")
+        return digest(values)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def resolved_source(source: SourceSection) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.responses import Response
 
-from reward_server.schema import ROWS_TAG, STATISTICS_TAG, ErrorResponse, FieldProblem, Problem
+from reward_server.schema import ErrorResponse, FieldProblem, Problem
 
 MOST_FIELDS = 20
 """Fields that one refusal names."""
@@ -54,6 +54,18 @@ def invalid(problems: Sequence[FieldProblem]) -> Refusal:
     return Refusal(422, "invalid_request", f"{first.path}: {first.msg}", problems)
 
 
+def header_refusal(name: str, message: str, kind: str) -> Refusal:
+    """422, for a header that is wrong."""
+    problem = FieldProblem(loc=("header", name), path=f"header.{name}", msg=message, type=kind)
+    return Refusal(422, "invalid_request", f"header {name}: {message}", [problem])
+
+
+def too_large(path: Path, message: str) -> Refusal:
+    """413, with the path of the field that is too large."""
+    problem = field_problem(path, message, "too_long")
+    return Refusal(413, "too_large", f"{problem.path}: {message}", [problem])
+
+
 def refusal_of(error: ValidationError, body: bytes) -> Refusal:
     """The refusal of a body that did not validate."""
     errors = error.errors(include_url=False, include_input=False, include_context=False)
@@ -71,7 +83,7 @@ def refusal_of(error: ValidationError, body: bytes) -> Refusal:
 
 
 def request_path(loc: Sequence[str | int], value: Any) -> Path:
-    """A validator's location as a path in the request: the names of union branches are left out.
+    """A validator's location as a path in the request: the tags of union branches, `<so>`, are left out.
 
     A step that is not in the request is kept where it names a missing field.
     """
@@ -81,7 +93,7 @@ def request_path(loc: Sequence[str | int], value: Any) -> Path:
         if inside:
             path.append(step)
             value = next_value
-        elif step in (STATISTICS_TAG, ROWS_TAG):
+        elif isinstance(step, str) and step.startswith("<") and step.endswith(">"):
             continue
         else:
             if isinstance(value, dict) and i == len(loc) - 1:

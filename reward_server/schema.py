@@ -44,6 +44,16 @@ class ErrorCode(StrEnum):
     MISSING_RESPONSE = "missing_response"
     MISSING_RESPONSE_IDS = "missing_response_ids"
     MISSING_REFERENCE = "missing_reference"
+    MISSING_PROMPT = "missing_prompt"
+    MISSING_FACTS = "missing_facts"
+    MISSING_PRINCIPLES = "missing_principles"
+    INVALID_REFERENCE = "invalid_reference"
+    NO_LETTERS = "no_letters"
+    PATTERN_TIMEOUT = "pattern_timeout"
+    # of a model: what it is fed, and what it says
+    INPUT_TOO_LONG = "input_too_long"
+    TEMPLATE_REFUSED = "template_refused"
+    JUDGE_UNCLEAR = "judge_unclear"
     # of the result
     NON_FINITE_SCORE = "non_finite_score"
     # of the client's side: the server refuses an item of this size
@@ -51,9 +61,12 @@ class ErrorCode(StrEnum):
     # of the service
     SOURCE_ERROR = "source_error"
     SOURCE_TIMEOUT = "source_timeout"
+    # of another service that a source asks: it gave no usable answer, or it says itself that the item failed
+    UPSTREAM_UNAVAILABLE = "upstream_unavailable"
+    UPSTREAM_FAILED = "upstream_failed"
 
 
-INFRA_CODES = frozenset({ErrorCode.SOURCE_ERROR, ErrorCode.SOURCE_TIMEOUT})
+INFRA_CODES = frozenset({ErrorCode.SOURCE_ERROR, ErrorCode.SOURCE_TIMEOUT, ErrorCode.UPSTREAM_UNAVAILABLE})
 """Codes of kind `infra`: the same item may well be scored elsewhere, or later. All others are of kind `data`."""
 
 
@@ -140,18 +153,21 @@ class AttentionOptionsBody(Body):
 class Item(Body):
     """One response to score. Which fields are needed is a matter of the source: what is missing fails the item.
 
-    `id` comes back with the result; results are in the order of the items, and ids need not be unique.
+    `id` comes back with the result; results are in the order of the items, and ids need not be unique. `text` is prompt
+    and response in one, as a client renders them for a reward model of its own; it stands in the place of both.
     """
 
     id: Annotated[str, Field(max_length=512)]
     prompt: str | None = None
     messages: tuple[Message, ...] | None = None
     response: str | None = None
+    text: str | None = None
     response_ids: tuple[TokenId, ...] | None = None
     eos_ids: tuple[TokenId, ...] = ()
     reference: str | None = None
     facts: tuple[str, ...] | None = None
     principles: tuple[str, ...] | None = None
+    prompt_class: Annotated[str, Field(max_length=64)] | None = None
     attention: AttentionBody | None = None
     attention_options: AttentionOptionsBody | None = None
 
@@ -159,6 +175,8 @@ class Item(Body):
     def _one_prompt(self) -> Self:
         if self.prompt is not None and self.messages is not None:
             raise ValueError("an item has either `prompt` or `messages`, not both")
+        if self.text is not None and (self.prompt, self.messages, self.response) != (None, None, None):
+            raise ValueError("an item has either `text` or prompt and response, not both")
         return self
 
 
@@ -210,6 +228,7 @@ class Result(Answer):
     components: dict[str, Component]
     error: ItemError | None
     flags: tuple[str, ...] = ()
+    detail: dict[str, float | int] = {}
 
     @model_validator(mode="after")
     def _number_or_failure(self) -> Self:

@@ -1,7 +1,7 @@
 """Launchers of the app: uvicorn in a thread of its own (`RewardServer`, for a Ray actor or a test), and in the
 foreground until a signal (`run`, the command `attune reward-server`). The app is the same.
 
-Invariant: without a token the service is bound to loopback only.
+Invariant: without a token or keys the service is bound to loopback only.
 """
 
 import asyncio
@@ -17,16 +17,20 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from reward_server.app import create_app
 from reward_server.config import RewardSection
-from reward_server.scorers import Scorer
+from reward_server.logs import configure
+from reward_server.runner import ModelRunner
+from reward_server.scorers.base import Scorer
 from services.errors import Deadline, UserError
 
 log = logging.getLogger(__name__)
 
 START_S = 30.0
-STOP_S = 30.0
+STOP_S = 10.0
+"""Seconds to stop, beyond the draining."""
 
 
 def is_loopback(host: str) -> bool:
@@ -58,6 +62,15 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def check_guarded(section: RewardSection, token: str | None, host: str) -> None:
+    """Raises UserError where others could reach a service that asks nobody for a key."""
+    if token is None and section.keys_file is None and not is_loopback(host):
+        raise UserError(
+            f"reward.host: {host} can be reached from other machines, which needs a token: "
+            f"set {section.token_env} or reward.keys_file, or bind to 127.0.0.1"
+        )
+
+
 def url_of(host: str, listener: socket.socket) -> str:
     """Where a client on this machine, or on another where `host` is its address, finds the service."""
     port = listener.getsockname()[1]
@@ -80,18 +93,17 @@ class RewardServer:
         host: str | None = None,
         port: int | None = None,
         scorers: Mapping[str, Scorer] | None = None,
+        runners: Callable[[], Mapping[str, ModelRunner]] | None = None,
     ) -> None:
-        """`host` and `port` default to the section's. Raises UserError for an open address without a token."""
+        """`host` and `port` default to the section's. `runners` gives the models that live elsewhere, when it starts.
+        Raises UserError for an open address without a token."""
         self.section = section if isinstance(section, RewardSection) else RewardSection.model_validate(section)
         self._host = self.section.host if host is None else host
         self._port = self.section.port if port is None else port
-        if token is None and not is_loopback(self._host):
-            raise UserError(
-                f"reward.host: {self._host} can be reached from other machines, which needs a token: "
-                f"set {self.section.token_env}, or bind to 127.0.0.1"
-            )
+        check_guarded(self.section, token, self._host)
         self._token = token
         self._scorers = scorers
+        self._runners = runners
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._url: str | None = None
@@ -108,13 +120,16 @@ class RewardServer:
         if self._thread is not None:
             raise RuntimeError("the reward server is running already")
         listener = bind(self._host, self._port)
+        # Models are loaded here, or waited for: the host's loop is not held up meanwhile.
+        app = await asyncio.to_thread(self._app)
         config = uvicorn.Config(
-            create_app(self.section, token=self._token, scorers=self._scorers),
+            app,
+            log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=20,
+            timeout_graceful_shutdown=self.section.drain_s,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="reward-server", daemon=True)
@@ -131,15 +146,20 @@ class RewardServer:
         self._url = url_of(self._host, listener)
         return self._url
 
+    def _app(self) -> FastAPI:
+        runners = None if self._runners is None else self._runners()
+        return create_app(self.section, token=self._token, scorers=self._scorers, runners=runners)
+
     async def stop(self) -> None:
         """Takes no more requests, lets those under way finish, and ends. Does nothing where nothing runs."""
         server, thread = self._server, self._thread
         if server is None or thread is None:
             return
         server.should_exit = True
-        await asyncio.to_thread(thread.join, STOP_S)
+        seconds = self.section.drain_s + STOP_S
+        await asyncio.to_thread(thread.join, seconds)
         if thread.is_alive():
-            raise Deadline(waited_for="the reward server to stop", who="uvicorn", seconds=STOP_S)
+            raise Deadline(waited_for="the reward server to stop", who="uvicorn", seconds=seconds)
         self._server, self._thread, self._url = None, None, None
 
     def alive(self) -> bool:
@@ -154,7 +174,8 @@ def run(
     port: int = 8077,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serves in the foreground until SIGTERM or SIGINT, then drains. The token comes from the environment.
+    """Serves in the foreground until SIGTERM or SIGINT, then drains. The token comes from the environment. Logs
+    are JSON lines on standard error.
 
     `say` gets the line that names the URL. Main thread only. Raises UserError.
     """
@@ -168,7 +189,11 @@ def run(
     previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         url = asyncio.run(server.start())
-        guard = f"bearer token of {section.token_env}" if token else "no token: loopback only"
+        configure(section.log_level)
+        guards = [f"bearer token of {section.token_env}"] if token else []
+        if section.keys_file is not None:
+            guards.append(f"keys of {section.keys_file}")
+        guard = " and ".join(guards) or "no token: loopback only"
         say(f"reward server on {url} ({', '.join(section.sources)}; {guard})")
         while not ended.wait(0.5):
             if not server.alive():

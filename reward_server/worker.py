@@ -264,7 +264,7 @@ def reward_of(result: Result, server: ServerInfo | None) -> Score:
     return Score(
         status=result.status,
         value=result.reward,
-        detail={} if server is None else {"recipe_revision": server.recipe_revision},
+        detail=dict(result.detail) if server is None else {**result.detail, "recipe_revision": server.recipe_revision},
         error=None if result.error is None else failure_of(result.error),
     )
 

@@ -44,8 +44,8 @@ def _rows(section: dict[str, Any], definitions: dict[str, Any], path: str) -> It
         )
         yield key, _cell(_type(field, definitions)), default, text
         for member in members:
-            kind = member["properties"]["kind"].get("const", member.get("title", ""))
-            yield from _rows(member, definitions, f"{key}.NAME ({kind})")
+            kind = member["properties"].get("kind", {}).get("const")
+            yield from _rows(member, definitions, f"{key}.NAME ({kind})" if kind else f"{key}.NAME")
 
 
 def _members(field: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str, Any]]:
@@ -55,11 +55,13 @@ def _members(field: dict[str, Any], definitions: dict[str, Any]) -> list[dict[st
     if not isinstance(values, dict):
         return []
     choices = values.get("oneOf", [values])
-    return [inner for choice in choices if "kind" in (inner := _resolve(choice, definitions)).get("properties", {})]
+    return [inner for choice in choices if "properties" in (inner := _resolve(choice, definitions))]
 
 
 def _resolve(field: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    reference = field.get("$ref")
+    """What a reference leads to; of a section that may be null, the section."""
+    choices = [choice for choice in field.get("anyOf", ()) if choice.get("type") != "null"]
+    reference = field.get("$ref") or (choices[0].get("$ref") if len(choices) == 1 else None)
     return definitions[reference.rsplit("/", 1)[1]] if reference else field
 
 

@@ -94,13 +94,12 @@ def test_the_scoring_example_is_scored_and_the_options_example_is_a_section():
     text = (ROOT / "docs" / "reward-server.md").read_text()
     example = re.search(r"-d '(\{.*?\})'", text, flags=re.DOTALL)
     assert example
-    client = TestClient(create_app(load_reward_section(REWARD_RECIPES[0])))
+    client = TestClient(create_app(load_reward_section(ROOT / "recipes" / "reward" / "attention.yaml")))
     answer = client.post("/v1/rewards", json=json.loads(example.group(1)))
     assert answer.status_code == 200
     assert answer.json()["results"][0]["status"] == "ok"
-    blocks = re.findall(
-        r"^    reward:\n(?:     .*\n)+", (ROOT / "docs" / "attention-reward.md").read_text(), re.MULTILINE
-    )
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("attention-reward.md", "rewards.md"))
+    blocks = re.findall(r"^    reward:\n(?:     .*\n)+", text, re.MULTILINE)
     assert blocks
     for block in blocks:
         RewardSection.model_validate(yaml.safe_load(block)["reward"])
@@ -114,3 +113,15 @@ def test_dependencies_have_a_line_each():
     packages = {re.split(r"[\[<>=~ ]", name)[0] for name in named} - {"attune"}
     page = (ROOT / "docs" / "dependencies.md").read_text()
     assert not [package for package in sorted(packages) if not re.search(rf"\b{re.escape(package)}\b", page)]
+
+
+def test_the_examples_of_other_clients_are_scored():
+    text = (ROOT / "docs" / "reward-clients.md").read_text()
+    examples = re.findall(r"http://127\.0\.0\.1:8077(/\w+) -H \S+ \S+ -d '(\{.*?\})'", text, flags=re.DOTALL)
+    sources = {"words": {"kind": "length", "unit": "words"}, "same": {"kind": "exact_match", "required": False}}
+    reward = {"sources": sources, "adapters": {"split_at": "<|assistant|>"}}
+    client = TestClient(create_app(RewardSection.model_validate(reward)))
+    assert [path for path, _ in examples] == ["/openrlhf", "/classify", "/score", "/rerank", "/predict", "/verify"]
+    for path, body in examples:
+        answer = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 200, (path, answer.text)

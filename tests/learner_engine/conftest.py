@@ -202,6 +202,50 @@ PAIRS = [
 SFT = {"epochs": 2, "batch_size": 7, "lr": 3e-3, "warmup_share": 0.4, "schedule": "linear", "grad_clip": 0.5}
 
 
+def scoring_data(kind: str, count: int, seed: int, *, turned: bool = False) -> list[dict[str, Any]]:
+    """Examples of a known truth: w5 is good and w6 is bad (`turned`: the other way round), among other words."""
+    draw = random.Random(f"{kind}:{seed}")
+    good, bad = (6, 5) if turned else (5, 6)
+    made: list[dict[str, Any]] = []
+    for _ in range(count):
+        if kind == "steps":
+            marks = [draw.choice((good, bad)) for _ in range(draw.randint(1, 4))]
+            steps = [[*(draw.randrange(8, VOCABULARY) for _ in range(draw.randint(1, 3))), mark] for mark in marks]
+            ends = [sum(map(len, steps[: i + 1])) for i in range(len(steps))]
+            made.append(
+                {
+                    "inputs": [[1, *(token for step in steps for token in step)]],
+                    "targets": [2.0 if mark == good else 0.0 for mark in marks],
+                    "weights": [1.0] * len(marks),
+                    "step_ends": ends,
+                }
+            )
+            continue
+        marks = [[good] * 2, [good, bad], [bad] * 2][: draw.randint(2, 3)]
+        inputs = [[1, *(draw.randrange(8, VOCABULARY) for _ in range(draw.randint(1, 6))), *mark] for mark in marks]
+        made.append({"inputs": inputs, "targets": list(range(len(marks))), "weights": [1.0]})
+    return made
+
+
+SCORING = {"batch_size": 16, "lr": 1e-2, "warmup_share": 0.1, "evaluations": 2, "patience": 0, "epochs": 2}
+
+
+def scoring_job(model: str, kind: str = "comparisons", *, turned: bool = False, **settings: Any) -> dict[str, Any]:
+    """A job that trains a model that scores; `turned`: on held-out labels that contradict the training ones."""
+    known = {"kind": "process", "step_rule": {"by": "lines"}} if kind == "steps" else {"centring": 0.01}
+    return {
+        **job_of(model, 0),
+        "scenario": "reward_model",
+        "reward_model": {**SCORING, **known, **settings},
+        "data": {
+            "train": scoring_data(kind, 160, 1),
+            "pretrain": scoring_data(kind, 32, 2),
+            "held_out": scoring_data(kind, 40, 3, turned=turned),
+            "probes": [],
+        },
+    }
+
+
 @pytest.fixture(scope="session")
 def rank_runs(model_dirs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """What one rank and two ranks made of their jobs. They run side by side: one alone leaves a core idle."""
@@ -252,3 +296,27 @@ def two_rank_jobs(model_dirs: dict[str, str], root: Path) -> dict[str, dict[str,
 def sft_case() -> tuple[Any, dict[str, Any]]:
     """The pairs and settings of the fine-tuning job."""
     return PAIRS, SFT
+
+
+@pytest.fixture(scope="session")
+def scoring_runs(model_dirs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """What one rank and two ranks made of the jobs that train models that score, by name."""
+    comparisons = scoring_job(model_dirs["tied"])
+    two = {
+        "comparisons": comparisons,
+        "steps": scoring_job(model_dirs["tied"], "steps"),
+        "lora": {**scoring_job(model_dirs["untied"], lora={"rank": 4}, lr=2e-2), "gather_above": 0},
+        "contradicted": scoring_job(model_dirs["tied"], turned=True, patience=2, evaluations=5),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        runs = (
+            pool.submit(run_ranks, {"comparisons": comparisons}, 1, tmp_path_factory.mktemp("one")),
+            pool.submit(run_ranks, two, 2, tmp_path_factory.mktemp("two")),
+        )
+        return runs[0].result(), runs[1].result()
+
+
+@pytest.fixture(scope="session")
+def scoring_held_out() -> dict[str, list[dict[str, Any]]]:
+    """The held-out examples of the jobs that train models that score, by what is learnt."""
+    return {kind: scoring_data(kind, 40, 3) for kind in ("comparisons", "steps")}

@@ -14,6 +14,8 @@ import torch
 import learner.zero
 from learner.engine import NonFinite
 from learner.publish import BUCKET_BYTES, export, publish
+from learner.reward_examples import Example
+from learner.reward_training import Data
 from learner.worker import LearnerWorker
 from services.models import load_tokenizer
 from services.records import Group, PolicyVersion
@@ -87,7 +89,23 @@ def sft(job: Job, rank: int) -> dict[str, Any]:
     return {"reports": reports, "directory": directory}
 
 
-SCENARIOS: dict[str, Callable[[Job, int], dict[str, Any]]] = {"train": train, "poisoned": poisoned, "sft": sft}
+def reward_model(job: Job, rank: int) -> dict[str, Any]:
+    """Trains a model that scores on examples of token ids, and says what it made of the held-out ones."""
+    worker = worker_of(job, rank)
+    directory = Path(job["directory"]) / "scorer"
+    data = Data(*([Example(**example) for example in job["data"][part]] for part in PARTS))
+    report = worker.reward_model(job["address"], job["port"], job["reward_model"], data, str(directory))
+    lines = (directory / "training" / "metrics.jsonl").read_text().splitlines() if rank == 0 else []
+    return {"report": report, "lines": [json.loads(line) for line in lines], "directory": str(directory)}
+
+
+PARTS = ("train", "pretrain", "held_out", "probes")
+SCENARIOS: dict[str, Callable[[Job, int], dict[str, Any]]] = {
+    "train": train,
+    "poisoned": poisoned,
+    "sft": sft,
+    "reward_model": reward_model,
+}
 
 
 def main() -> None:

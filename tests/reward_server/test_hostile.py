@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reward_server.app import create_app
 from reward_server.config import RewardSection
 from reward_server.schema import Component, Item
-from reward_server.scorers import Scored
+from reward_server.scorers.base import Scored
 
 
 def put(item: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from reward_server.combination import combine, contribution
-from reward_server.config import AttentionSource, RewardSection, SourceBase
+from reward_server.config import RewardSection
 from reward_server.schema import Component, ErrorCode, Item, failed_component
-from reward_server.scorers import Scored
+from reward_server.scorers.base import Scored
+from reward_server.sources_config import AttentionSource, SourceBase
 from services.attention.options import AttentionOptions
+from services.errors import UserError
 
 
 def result_of(client: Any, item: dict[str, Any], sources: Any = None) -> dict[str, Any]:
@@ -84,6 +87,85 @@ def test_repetition(serving: Any, source: Any, item: Any, expected: Any) -> None
 def test_exact_match(serving: Any, normalise: str, response: Any, reference: Any, expected: Any) -> None:
     source = {"kind": "exact_match", "normalise": normalise}
     assert value_of(serving, source, response=response, reference=reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "response", "reference", "expected"),
+    [
+        ({}, "so it is 42.", "42", 1.0),
+        ({}, "First 41, then 42", "the answer is 42.0", 1.0),
+        ({"which": "first"}, "First 41, then 42", "42", 0.0),
+        ({"which": "only"}, "First 41, then 42", "42", 0.0),
+        ({}, "1,234.5 km", "1234.5", 1.0),
+        ({}, "x = -3/4", "-0.75", 1.0),
+        ({}, "−2e3", "-2000", 1.0),
+        ({}, "7-5", "5", 1.0),
+        ({}, "1/0", "1", 0.0),
+        ({"absolute": 0.01}, "3.14", "3.1415", 1.0),
+        ({"absolute": 0.001}, "3.14", "3.1415", 0.0),
+        ({"absolute": 0, "relative": 0.1}, "-91", "-100", 1.0),
+        ({"absolute": 0, "relative": 0.1}, "-89", "-100", 0.0),
+        ({}, "no idea", "42", 0.0),
+        ({}, "42", "no idea", "invalid_reference"),
+        ({}, "42", None, "missing_reference"),
+        ({}, " ", "42", "empty_response"),
+    ],
+)
+def test_numeric_match(serving: Any, source: Any, response: Any, reference: Any, expected: Any) -> None:
+    assert value_of(serving, {"kind": "numeric_match", **source}, response=response, reference=reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "response", "expected"),
+    [
+        ({"pattern": r"<b>.*</b>"}, "<b>x</b>", 1.0),
+        ({"pattern": r"<b>.*</b>"}, "a <b>x</b>", 0.0),
+        ({"pattern": r"<b>.*</b>", "match": "search"}, "a <b>x</b>", 1.0),
+        ({"pattern": r"\p{Lu}\w*"}, "Élan", 1.0),
+        ({"pattern": "x"}, None, "missing_response"),
+    ],
+)
+def test_pattern(serving: Any, source: Any, response: Any, expected: Any) -> None:
+    assert value_of(serving, {"kind": "pattern", **source}, response=response) == expected
+
+
+def test_a_pattern_that_backtracks_fails_the_item_in_time(serving: Any) -> None:
+    source = {"kind": "pattern", "pattern": r"(?:(a)|(a))*\d?[^a]$", "timeout_s": 0.2}
+    client = serving(sources={"s": source})
+    started = time.monotonic()
+    result = result_of(client, {"id": "a", "response": "a" * 64})
+    assert result["error"]["code"] == "pattern_timeout"
+    assert time.monotonic() - started < 30  # unbounded, it takes longer than anybody waits
+    assert result_of(client, {"id": "a", "response": "aab"})["reward"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt", "response", "expected"),
+    [
+        ({}, "Where is Rome?", "In Italy. 100 %!", 1.0),
+        ({}, "Where is Rome?", "В Италии.", 0.0),
+        ({"threshold": None}, "Where is Rome?", "abcd где?", 4 / 7),
+        ({}, "ローマはどこの国ですか", "イタリアです。", 1.0),
+        ({}, "罗马在哪里", "イタリアにあります", 0.0),
+        ({}, "Explain the word 'Ω' in Greek", "Τελευταίο γράμμα", 0.0),
+        ({}, "1 + 1 = ?", "two", "no_letters"),
+        ({}, "How many?", "42", "no_letters"),
+        ({}, None, "two", "missing_prompt"),
+    ],
+)
+def test_language(serving: Any, source: Any, prompt: Any, response: Any, expected: Any) -> None:
+    assert value_of(serving, {"kind": "language", **source}, prompt=prompt, response=response) == expected
+
+
+def test_the_language_of_the_last_user_message_counts(serving: Any) -> None:
+    messages = [{"role": "user", "content": "Где Рим?"}, {"role": "assistant", "content": "В Италии."},
+                {"role": "user", "content": "And Oslo?"}]  # fmt: skip
+    assert value_of(serving, {"kind": "language"}, messages=messages, response="In Norway") == 1.0
+
+
+def test_a_pattern_that_is_none_is_refused_at_the_start(serving: Any) -> None:
+    with pytest.raises(UserError, match="no regular expression"):
+        serving(sources={"s": {"kind": "pattern", "pattern": "(a"}})
 
 
 FOUR = {
@@ -227,7 +309,11 @@ def test_a_broken_source_fails_as_infra_and_readiness_says_so(
 
 
 def test_readiness_scores_every_kind_of_source(serving: Any) -> None:
-    kinds = {kind: {"kind": kind} for kind in ("attention", "length", "repetition", "exact_match")}
+    kinds: dict[str, Any] = {
+        kind: {"kind": kind}
+        for kind in ("attention", "length", "repetition", "exact_match", "numeric_match", "language")
+    }
+    kinds["pattern"] = {"kind": "pattern", "pattern": ".*"}
     assert serving(sources=kinds).get("/readyz").json()["status"] == "ready"
 
 
@@ -245,6 +331,12 @@ def test_metrics_count_what_happened(client: Any, item: dict[str, Any]) -> None:
         'attune_reward_failures_total{code="missing_response_ids",source="attention"} 1.0',
         'attune_reward_score_count{source="attention"} 1.0',
         "attune_reward_admitted_requests 0.0",
+        "attune_reward_waiting_requests 0.0",
+        "attune_reward_queue_seconds_count 1.0",
+        'attune_reward_source_seconds_count{source="attention"} 1.0',
+        'attune_reward_source_items_sum{source="attention"} 2.0',
+        'attune_reward_source_calls{source="attention"} 0.0',
+        'attune_reward_source_last_success_timestamp_seconds{source="attention"} 1.',
     ):
         assert line in text
 
@@ -254,7 +346,7 @@ def test_the_openapi_document_has_the_request_and_the_codes(client: Any) -> None
     post = document["paths"]["/v1/rewards"]["post"]
     assert post["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/RewardRequest")
     assert set(document["components"]["schemas"]["ErrorCode"]["enum"]) == {code.value for code in ErrorCode}
-    assert post["security"] == [{"token": []}]
+    assert post["security"] == [{"bearer": []}, {"basic": []}]
     assert "security" not in document["paths"]["/livez"]["get"]
     text = json.dumps(document)
     names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}

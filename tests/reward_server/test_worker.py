@@ -10,7 +10,7 @@ import pytest
 from reward_server.client import RewardClient
 from reward_server.config import RewardSection, WorkerSection
 from reward_server.schema import Component, ErrorCode, Item, failed_component
-from reward_server.scorers import Scored
+from reward_server.scorers.base import Scored
 from reward_server.serve import RewardServer
 from reward_server.worker import ScoringOutage, ScoringRefused, ScoringWorker, group_items
 from services.records import Attention, Failure, Group, Message, PolicyVersion, Prompt, Sample
@@ -100,7 +100,9 @@ def test_groups_come_back_scored() -> None:
             assert new.scores["match"].value == 1.0
             assert new.reward is not None
             assert new.reward.value == new.scores["attention"].value + 2.0
-            assert new.reward.detail == {"recipe_revision": section.recipe_revision()}
+            # Of two values the deviation is half their distance; a weight is no part of it.
+            half = pytest.approx(abs(new.scores["attention"].value - 1.0) / 2)
+            assert new.reward.detail == {"recipe_revision": section.recipe_revision(), "disagreement": half}
             assert "mass_mean" in new.scores["attention"].detail
             assert new.model_copy(update={"scores": {}, "reward": None}) == old
         assert Group.model_validate_json(after.model_dump_json()) == after

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import httpx
 
+from services.scoring_format import read_format
+
 Attune = Callable[..., tuple[int, str]]
 Recipe = Callable[..., Path]
 
@@ -37,6 +39,30 @@ def test_fine_tuning_then_evaluation_against_the_start(
     assert ("nucleus", "reward") in changes
     rescored = {(change["decoding"], change["metric"]) for change in found["changes_under_starting_attention"]}
     assert ("nucleus", "reward") in rescored
+
+
+def test_preferences_then_a_reward_model_from_the_policy(attune: Attune, recipe: Recipe, tmp_path: Path) -> None:
+    """Off-topic negatives of the recipe's own prompts, and the directory that training on them writes."""
+    pairs, scorer = tmp_path / "pairs.jsonl", tmp_path / "scorer"
+    path = recipe(reward_model={"source": str(pairs), "batch_size": 8, "lr": 3e-3, "epochs": 4, "patience": 0})
+    code, output = attune("preferences", str(path), "--out", str(pairs))
+    assert code == 0, output
+    code, output = attune("reward-model", str(path), "--out", str(scorer))
+    assert code == 0, output
+    assert "held-out loss" in output
+    report = json.loads((scorer / "training" / "report.json").read_text(encoding="utf-8"))
+    lines = (scorer / "training" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 16
+    assert report["loss"] == min(json.loads(line)["held_out"]["loss"] for line in lines)
+    form = read_format(scorer)
+    assert form is not None
+    assert (form.kind, form.output) == ("preference", "logit")
+    assert form.revision
+    code, output = attune("reward-model", str(path), "--out", str(scorer))
+    assert code == 2, output  # never over a model that is there
+    code, output = attune("reward-model", str(path), "--out", str(tmp_path / "x"), "reward_model.kind=absolute")
+    assert code == 2, output
+    assert "pairs.jsonl:1: needs one of rating" in output
 
 
 def test_the_scoring_service_alone(start: Callable[..., subprocess.Popen[str]]) -> None:

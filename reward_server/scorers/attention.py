@@ -3,9 +3,9 @@
 `services.attention.reward` computes; this module reads the wire's forms and names what is missing.
 """
 
-from reward_server.config import AttentionSource
 from reward_server.schema import AttentionRows, ErrorCode, Item
-from reward_server.scorers import FunctionScorer, ItemFailure, Scored, ok, revision_of
+from reward_server.scorers.base import FunctionScorer, ItemFailure, Scored, ok, revision_of
+from reward_server.sources_config import AttentionSource
 from services.attention.failures import AttentionFailure
 from services.attention.options import AttentionOptions
 from services.attention.reward import AttentionReward, score_rows, score_statistics

@@ -1,0 +1,67 @@
+"""A stage that trains a model directory on the learner's ranks: `attune sft`, `attune reward-model`."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config
+from cluster.learners import learner_environment
+from cluster.plan import nodes_of_ray, parts_of, place
+from cluster.ray_runtime import ray_cluster, wait_all
+from learner.worker import LearnerWorker
+from services.errors import UserError
+
+
+def refuse_existing(out: Path) -> None:
+    """UserError where `out` is there already and not empty."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: is there already and not empty; choose another")
+
+
+def train_on_ranks(
+    config: Config,
+    out: Path,
+    method: str,
+    arguments: Sequence[Any],
+    *,
+    what: str,
+    finish: Callable[[Path, Any], None] | None = None,
+) -> Any:
+    """Calls `method` of every rank with (address, port, *arguments, directory), and returns rank 0's answer.
+
+    The directory is `OUT.writing`, which becomes `out` when `finish(directory, answer)` has returned: a directory of
+    the name `out` is a whole model. Arguments go through Ray's object store once.
+    """
+    part = parts_of(config)["learner"]
+    partial = out.with_name(out.name + ".writing")
+    shutil.rmtree(partial, ignore_errors=True)
+    tree = config.model_dump(mode="json")
+    with ray_cluster(config.cluster) as ray:
+        place([part], nodes_of_ray(ray.nodes()))
+        options = {**part.options(), "runtime_env": {"env_vars": learner_environment(config)}, "max_restarts": 0}
+        actor = ray.remote(LearnerWorker).options(**options)
+        ranks = [actor.remote(tree, rank, part.count, str(out.parent)) for rank in range(part.count)]
+        names = [f"learner-{rank}" for rank in range(part.count)]
+        try:
+            address, port = wait_all(
+                ray,
+                [ranks[0].address.remote()],
+                seconds=config.cluster.start_s,
+                what="the learner's address",
+                who=names[:1],
+            )[0]
+            shared = [ray.put(argument) for argument in arguments]
+            references = [
+                getattr(rank, method).remote(address, port, *shared, str(partial.resolve())) for rank in ranks
+            ]
+            answer = wait_all(ray, references, seconds=config.cluster.step_s, what=what, who=names)[0]
+        finally:
+            for rank in ranks:
+                ray.kill(rank, no_restart=True)
+    if finish is not None:
+        finish(partial, answer)
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)
+    return answer

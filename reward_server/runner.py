@@ -1,0 +1,70 @@
+"""What scorers ask of a model: rows of token ids in, numbers out. Knows no model library.
+
+A `ModelRunner` stands for a model of this process (`reward_server.local_model`) or for Ray actors that hold one
+(`reward_server.model_actor`). Its outputs do not depend on which rows run together (design, invariant 4).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Task = Literal["sequence", "token", "steps", "likelihood", "choice"]
+"""What a model is loaded for.
+
+sequence: the outputs of the classification head for the whole row, one vector [labels].
+token: the head's outputs at the positions `at`, vectors [labels].
+steps: token or sequence, whichever the model was saved for.
+likelihood: log-probability of the ids at the positions `at` given those before, one vector [at].
+choice: log-probabilities of the ids `choices` after the row's last one, one vector [choices].
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input: `ids` [n], and what is asked of it."""
+
+    ids: tuple[int, ...]
+    at: tuple[int, ...] = ()
+    choices: tuple[int, ...] = ()
+
+
+Output = list[list[float]]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and for what. `labels` of a model that classifies come back with `ModelFacts`."""
+
+    model: str
+    revision: str | None
+    task: Task
+    dtype: str
+    device: str
+    field: str
+    """Name of the recipe's key, for messages."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a loaded model: the task it runs, the revision of its files, its longest input (None: nothing
+    bounds it), its labels where it classifies."""
+
+    task: Task
+    revision: str
+    max_tokens: int | None
+    labels: tuple[str, ...]
+
+
+class ModelRunner(Protocol):
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def lanes(self) -> int:
+        """Batches that may run at once: the number of replicas."""
+        ...
+
+    def run(self, rows: Sequence[Row]) -> list[Output]:
+        """An output for each row, in order; called from as many threads as there are lanes. An exception fails all
+        rows."""
+        ...

@@ -1,0 +1,50 @@
+"""A model behind Ray actors: the same scores, and one that dies is made up for by the other."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from reward_server.config import RewardSection
+from reward_server.model_actor import ActorRunner, ModelActor
+from reward_server.runner import ModelSpec
+from reward_server.schema import Item
+from reward_server.scorers.build import build_scorers
+from services.errors import UserError
+
+ITEMS = [Item(id=str(i), prompt="Where is Rome?", response="In Italy. " * (i + 1)) for i in range(8)]
+
+
+@pytest.mark.slow
+def test_replicas_score_like_a_local_model(ray_session: str, scoring_models: Any) -> None:
+    import ray
+
+    assert ray_session
+    source = {"kind": "preference", "model": str(scoring_models["sequence"])}
+    section = RewardSection.model_validate({"sources": {"s": source}})
+    spec = ModelSpec(source["model"], None, "sequence", "float32", "auto", "reward.sources.s")
+    remote: Any = ray.remote(num_cpus=1)(ModelActor)
+    replicas = [remote.remote(spec) for _ in range(2)]
+    try:
+        runner = ActorRunner(replicas, ray.get, load_s=240)
+        there = build_scorers(section, runners={"s": runner})["s"]
+        here = build_scorers(section)["s"]
+        assert there.revision == here.revision
+
+        def values(scorer: Any) -> list[float]:
+            return [one.component.value for one in asyncio.run(scorer.score(ITEMS))]
+
+        expected = values(here)
+        assert values(there) == pytest.approx(expected, abs=1e-5)
+        ray.kill(replicas[0])
+        for _ in range(3):
+            assert values(there) == pytest.approx(expected, abs=1e-5)
+        ray.kill(replicas[1])
+        with pytest.raises(ray.exceptions.RayActorError):
+            values(there)
+        absent = remote.remote(ModelSpec("/nowhere", None, "sequence", "float32", "auto", "reward.sources.s"))
+        with pytest.raises((UserError, ray.exceptions.RayActorError), match="no such directory"):
+            ActorRunner([absent], ray.get, load_s=240)
+    finally:
+        for replica in replicas:
+            ray.kill(replica)
