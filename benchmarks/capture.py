@@ -7,7 +7,9 @@ in a process of its own, which vLLM has not touched, with as many threads. Peak 
 vLLM's process by what ran in it so far.
 
 `limit` is what reading the captured layers' keys once more would cost if bytes were all: bytes of a decode step without
-capture (weights, keys and values of all layers at the mean context) over the same with it.
+capture (weights, keys and values of all layers at the mean context) over the same with it. `eager_limit` is what
+`eager_ratio` would be if vLLM's time were that of the matrix products alone, at the rate that this machine reaches on a
+large one: prompts are most of the work here, and they cost both programs the same.
 """
 
 import os
@@ -99,6 +101,7 @@ def measure(directory: str, parameters: int, options: Options) -> dict[str, Any]
         "on_off_ratio_3_layers": ratio(seconds, 3),
         "on_off_limit_3_layers": byte_limit(parameters, shape, 3),
         "eager_ratio": median(eager_s) / median(seconds[1]),
+        "eager_limit": median(eager_s) / (matmul_flops(parameters, shape) / matmul_flops_per_s()),
         "peak_memory_off": peak[0],
         "peak_memory_on": peak[1],
         "peak_memory_on_3_layers": peak[3],
@@ -127,6 +130,27 @@ def byte_limit(parameters: int, shape: Shape, captured: int) -> float:
     keys = 4 * shape.requests * context * KEY_HEADS * (WIDTH // HEADS)
     step = 4 * parameters + 2 * LAYERS * keys
     return step / (step + captured * keys)
+
+
+def matmul_flops(parameters: int, shape: Shape) -> float:
+    """Of every weight once a token, but for the input embedding; the output head for response tokens alone."""
+    embedding = VOCABULARY * WIDTH
+    layers = parameters - 2 * embedding
+    return 2.0 * shape.requests * (shape.prompt * layers + shape.response * (layers + embedding))
+
+
+def matmul_flops_per_s() -> float:
+    """The rate of a large matrix product in float32."""
+    import torch
+
+    rows, inner, columns = 4096, WIDTH, 2 * FEED_FORWARD
+    left, right = torch.randn(rows, inner), torch.randn(columns, inner)
+    seconds: list[float] = []
+    for _ in range(12):
+        began = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        seconds.append(time.perf_counter() - began)
+    return 2.0 * rows * inner * columns / median(seconds[2:])
 
 
 def start(directory: str) -> Any:

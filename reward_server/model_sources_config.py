@@ -165,7 +165,7 @@ RATE = (
 class JudgeSource(PlacedSource):
     """A language model that compares the response with the reference, or rates it."""
 
-    kind: Literal["judge"] = "judge"
+    kind: Literal["judge"] = Field(default="judge", description="Which source this is.")
     mode: Literal["compare", "rate"] = Field(
         default="compare",
         description="compare: log-odds that the response is better than the reference, over both orders; rate: "

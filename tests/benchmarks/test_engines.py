@@ -29,4 +29,4 @@ def test_the_first_two_steps_are_not_counted() -> None:
     assert found["steps_per_minute_vllm"] == pytest.approx(20)
     assert found["steps_per_minute_transformers"] == pytest.approx(10)
     assert found["vllm_speedup"] == pytest.approx(2)
-    assert found["wait_batch_s_transformers"] == pytest.approx(1.5)
+    assert found["wait_s_transformers"] == pytest.approx(1.5)

@@ -170,6 +170,8 @@ def test_the_reward_section_stands_alone_and_is_as_strict(tmp_path: Path) -> Non
 
 # ---- the resolved recipe
 
+KIND = "reward.sources.attention.kind=attention"  # some recipes name no source
+
 
 def sources_of(config: Config) -> dict[str, Any]:
     return {name: getattr(source, "resolved", lambda: None)() for name, source in config.reward.sources.items()}
@@ -180,8 +182,8 @@ def sources_of(config: Config) -> dict[str, Any]:
     "overrides",
     [
         [],
-        ["reward.sources.attention.preset=comparable"],
-        ["reward.sources.attention.preset=comparable", "reward.sources.attention.options.per_token=true"],
+        [KIND, "reward.sources.attention.preset=comparable"],
+        [KIND, "reward.sources.attention.preset=comparable", "reward.sources.attention.options.per_token=true"],
         ["data.columns.prompt=q", "salience.keywords=[1st]", "data.template_options={day: 2024-01-01}"],
     ],
     ids=["as it is", "preset", "preset and option", "texts that YAML would read otherwise"],

@@ -89,6 +89,7 @@ def test_a_run_that_is_stopped_then_killed_goes_on_bit_for_bit(
     assert [event["incarnation"] for event in starts if event["event"] == "start"] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_one_step_ahead_accounts_for_every_group_after_a_kill(
     start: Start, attune: Attune, recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_samples_are_those_of_the_contract_and_are_gone_on_with(
     assert "--capture-layers" in output
 
 
+@pytest.mark.slow
 def test_vllm_writes_the_same_kind_of_samples(
     start: Callable[..., subprocess.Popen[str]], questions_file: Path, tiny_decoder: Path, tmp_path: Path
 ) -> None:

@@ -122,9 +122,8 @@ def test_an_encoder_decoder_is_trained_on_two_sources(
         assert sample["reward"]["value"] == pytest.approx(attention + 0.5 * length)
 
 
-@pytest.mark.parametrize(
-    ("engine", "bound"), [("transformers", 1e-5), pytest.param("vllm", 1e-4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("engine", "bound"), [("transformers", 1e-5), ("vllm", 1e-4)])
+@pytest.mark.slow
 def test_truncated_sampling_is_replayed(
     attune: Attune, recipe: Recipe, tmp_path: Path, engine: str, bound: float
 ) -> None:
@@ -178,6 +177,7 @@ def test_vllm_generates(attune: Attune, recipe: Recipe, tmp_path: Path, stalenes
     assert len({tuple(span[:2]) for sample in samples for span in sample["policy_versions"]}) >= 3
 
 
+@pytest.mark.slow
 def test_drift_past_its_limit_stops_the_run_and_explains(attune: Attune, recipe: Recipe, tmp_path: Path) -> None:
     path = recipe(run={"steps": 1}, learner={"drift": {"share": 1.0, "attention_limit": 1e-12}})
     code, output = attune("train", str(path), "--run-dir", str(tmp_path / "run"))

@@ -178,7 +178,10 @@ def server_that(behaviour: str) -> Iterator[str]:
         server.server_close()
 
 
-@pytest.mark.parametrize("behaviour", ["500", pytest.param("garbage", marks=pytest.mark.slow), "never"])
+@pytest.mark.parametrize(
+    "behaviour",
+    [pytest.param("500", marks=pytest.mark.slow), pytest.param("garbage", marks=pytest.mark.slow), "never"],
+)
 def test_a_reward_server_that_does_not_score(attune: Attune, recipe: Recipe, tmp_path: Path, behaviour: str) -> None:
     """The run ends with the server's name; no group was given a number, none was lost."""
     with server_that(behaviour) as url:
