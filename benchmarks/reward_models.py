@@ -24,7 +24,7 @@ WIDTH, LAYERS, HEADS, CONTEXT, VOCABULARY = 96, 3, 4, 256, 2048
 SOURCES = ("generated:preferences", "generated:ratings", "generated:principles", "generated:steps")
 SETTINGS: dict[str, dict[str, Any]] = {
     "preference": {"source": SOURCES[0], "lr": 1e-3, "batch_size": 16},
-    "absolute": {"source": SOURCES[1], "lr": 1e-3, "limit": 5000, "balance": True},
+    "absolute": {"source": SOURCES[1], "lr": 1e-3, "batch_size": 16, "epochs": 2},
     "principle": {"source": SOURCES[2], "lr": 2e-3, "epochs": 3, "principle_template": "{principles}"},
     "process": {"source": SOURCES[3], "lr": 1e-3, "epochs": 2},
 }
