@@ -7,10 +7,9 @@ hands their handles with `ray.get` to an `ActorRunner`, which a scorer takes for
 import queue
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
-from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Output, Row
+from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Output, Row, load_model
 from services.errors import Deadline
 
 
@@ -30,7 +29,7 @@ class ModelActor:
 
     @cached_property
     def _model(self) -> ModelRunner:
-        return import_module("reward_server.local_model").LocalModel(self._spec)
+        return load_model(self._spec)
 
 
 class ActorRunner:

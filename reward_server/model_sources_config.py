@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from reward_server.runner import ModelEngine
 from reward_server.sources_config import SourceBase, Weight
 from services.scoring_format import StepRule
 
@@ -204,6 +205,16 @@ class JudgeSource(PlacedSource):
     answer_prefix: str = Field(
         default="(", description="What the judge's answer begins with, of a model here: the letter or digit is next."
     )
+    engine: ModelEngine = Field(
+        default="transformers",
+        description="What runs a model here. vllm: batches of its own, and a cache of common beginnings.",
+    )
+    kv_cache_mib: int | None = Field(
+        default=None,
+        ge=1,
+        description="vllm: memory of the KV cache (MiB); null: 1 GiB on a CPU, on GPUs what vLLM finds free: set it "
+        "where the GPU is shared.",
+    )
     url: Url | None = Field(
         default=None,
         description="An OpenAI-compatible endpoint, http(s)://host:port/v1, without a password; null: the model runs "
@@ -216,6 +227,12 @@ class JudgeSource(PlacedSource):
 
     @model_validator(mode="after")
     def _a_judge_that_can_answer(self) -> Self:
+        if self.engine == "vllm" and self.url is not None:
+            raise ValueError("engine: vllm runs the model here, and url says that it runs elsewhere: give one of them")
+        if self.engine == "vllm" and self.device != "auto":
+            raise ValueError(
+                f"device: {self.device}: vLLM takes the devices that its process sees; only auto is allowed"
+            )
         if self.lowest >= self.highest:
             raise ValueError(f"lowest ({self.lowest}) must be below highest ({self.highest})")
         needed = ("first", "second") if self.mode == "compare" else ("response",)

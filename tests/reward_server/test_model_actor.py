@@ -7,6 +7,7 @@ import pytest
 
 from reward_server.config import RewardSection
 from reward_server.model_actor import ActorRunner, ModelActor
+from reward_server.placement import model_spec, placed_models
 from reward_server.runner import ModelSpec
 from reward_server.schema import Item
 from reward_server.scorers.build import build_scorers
@@ -48,3 +49,36 @@ def test_replicas_score_like_a_local_model(ray_session: str, scoring_models: Any
     finally:
         for replica in replicas:
             ray.kill(replica)
+
+
+@pytest.mark.slow
+def test_a_judge_in_vllm_says_what_it_says_in_transformers(ray_session: str, scoring_models: Any) -> None:
+    import ray
+
+    assert ray_session
+    judge = {"kind": "judge", "model": str(scoring_models["causal"]), "min_mass": 0.0, "max_tokens": 600}
+    sources = {"compare": judge, "rate": {**judge, "mode": "rate"}}
+    items = [item.model_copy(update={"reference": "In Norway."}) for item in ITEMS]
+
+    def section(**more: Any) -> RewardSection:
+        return RewardSection.model_validate({"sources": {name: {**one, **more} for name, one in sources.items()}})
+
+    there = section(engine="vllm", kv_cache_mib=64)
+    remote: Any = ray.remote(num_cpus=1)(ModelActor)
+    # Both sources ask the same of the same model: one actor answers for both.
+    replica = remote.remote(model_spec("compare", placed_models(there)["compare"]))
+    try:
+        runner = ActorRunner([replica], ray.get, load_s=240)
+        assert runner.facts.max_tokens == 600
+        asked, expected = (build_scorers(there, runners=dict.fromkeys(sources, runner)), build_scorers(section()))
+        for name in sources:
+            said, known = (list(asyncio.run(scorers[name].score(items))) for scorers in (asked, expected))
+            for one, other in zip(said, known, strict=True):
+                assert one.component.value == pytest.approx(other.component.value, abs=1e-4)
+                assert one.component.detail == pytest.approx(other.component.detail, abs=1e-4)
+            assert len({one.component.value for one in said}) > 1
+        absent = remote.remote(ModelSpec(judge["model"], None, "choice", "float32", "auto", "s", "vllm", 100_000))
+        with pytest.raises((UserError, ray.exceptions.RayActorError), match="vLLM does not start"):
+            ActorRunner([absent], ray.get, load_s=240)
+    finally:
+        ray.kill(replica)
