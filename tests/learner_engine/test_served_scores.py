@@ -19,6 +19,7 @@ from learner.reward_model_config import RewardModelSection
 from reward_server.config import RewardSection
 from reward_server.schema import Item
 from reward_server.scorers.build import build_scorers
+from services.errors import UserError
 from services.models import load_config, load_tokenizer, max_context_of
 from services.models_config import PolicySection
 from services.scoring_format import write_format
@@ -33,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "doubled": {"kind": "preference"},  # template and tokenizer both write the beginning of sequence
     "plain": {"kind": "preference", "input_template": "Q {prompt} A {response}"},
     "facts": {"kind": "preference"},
+    "judged": {"kind": "preference"},
     "absolute": {"kind": "absolute", "label_range": [1, 5]},
     "principle": {"kind": "principle"},
     "process": {"kind": "process", "step_rule": {"by": "lines"}},
@@ -54,10 +56,11 @@ def rows_of(case: str, cities: tuple[str, ...]) -> list[dict[str, Any]]:
         elif case == "process":
             rows.append({**asked, "response": f"{good}\n{bad}\n", "step_labels": ["correct", "incorrect"]})
         else:
-            more: dict[str, Any] = {"facts": [f"{city} is a city.", f"{other} is old."]} if case == "facts" else {}
-            if case == "principle":
-                more = {"principles": ["Name the city."] if place % 2 else ["Be large.", "Name the city."]}
-            rows.append({**asked, **more, "chosen": good, "rejected": bad})
+            rows.append({**asked, "chosen": good, "rejected": bad})
+            if case in ("principle", "judged"):  # a judge's data has principles, whatever is trained on it
+                rows[-1]["principles"] = ["Name the city."] if place % 2 else ["Be large.", "Name the city."]
+        if case in ("facts", "principle", "process") and place % 4 < 3:
+            rows[-1]["facts"] = [f"{city} is a city.", f"{other} is old."]
     return rows
 
 
@@ -92,6 +95,8 @@ def trained(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
             rows = rows_of(case, cities)
             shape: Any = section.shape
             records = [labelled_of(Row(f"row {i}", row, None), shape, "x") for i, row in enumerate(rows)]
+            if case in ("facts", "principle", "process"):
+                form = forms[case] = form.model_copy(update={"facts": True})
             parts.append([asdict(example) for example in encode_records(records, tokenizer, form, section).examples])
         if case == "doubled":
             assert all(ids[:2].count(tokenizer.bos_token_id) == 1 for each in parts[1] for ids in each["inputs"])
@@ -122,17 +127,32 @@ def served(kind: str, result: Any, **options: Any) -> list[Any]:
     return components
 
 
-@pytest.mark.parametrize("case", ["preference", "doubled", "plain", "facts", "absolute", "principle"])
+@pytest.mark.parametrize("case", ["preference", "doubled", "plain", "facts", "judged", "absolute", "principle"])
 def test_a_held_out_logit_is_the_same_in_training_and_serving(trained: Any, case: str) -> None:
     result = trained[case]
-    kind = case if case in ("facts", "absolute", "principle") else "preference"
+    kind = case if case in ("absolute", "principle") else "preference"
     components = served(kind, result)
     logits = [logit for logits in result["logits"] for logit in logits]
     assert len(logits) == len(components) == 8
-    assert max(logits) - min(logits) > 1000 * NEAR  # not one number for all
+    assert max(logits) - min(logits) > 100 * NEAR  # not one number for all
     assert [one.detail["logit"] for one in components] == pytest.approx(logits, abs=NEAR)
     expected = [1 / (1 + math.exp(-logit)) for logit in logits] if case == "absolute" else logits
     assert [one.value for one in components] == pytest.approx(expected, abs=NEAR)
+    # What an operator lays over scorer.json is another input.
+    other = {"doubled": {"strip_bos": False}, "facts": {"facts": False}, "principle": {"facts": False}}
+    if case in other:
+        assert [one.value for one in served(kind, result, **other[case])] != pytest.approx(expected, abs=10 * NEAR)
+
+
+def test_a_facts_source_shows_what_training_showed(trained: Any) -> None:
+    result = trained["facts"]
+    whole = [place for place, item in enumerate(result["items"]) if "facts" in item]
+    assert 0 < len(whole) < len(result["items"])
+    logits = [logit for logits in result["logits"] for logit in logits]
+    asked = {**result, "items": [result["items"][place] for place in whole]}
+    assert [one.value for one in served("facts", asked)] == pytest.approx([logits[i] for i in whole], abs=NEAR)
+    with pytest.raises(UserError, match="kind principle, the source is facts; a principle source shows facts too"):
+        served("facts", trained["principle"])
 
 
 def test_steps_have_the_probabilities_that_training_gave_them(trained: Any) -> None:
