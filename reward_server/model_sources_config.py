@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from reward_server.runner import ModelEngine
 from reward_server.sources_config import SourceBase, Weight
+from services.config_base import Section
 from services.scoring_format import StepRule
 
 Url = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
@@ -62,6 +63,16 @@ class ModelSource(PlacedSource):
     )
 
 
+class MayShowFacts(Section):
+    """Of a source whose model is shown facts where it was trained so."""
+
+    facts: bool | None = Field(
+        default=None,
+        description="Write the item's facts, where it has any, before the last user message; null: scorer.json's, "
+        "which says whether training showed facts.",
+    )
+
+
 class SequenceSource(ModelSource):
     """A model with one number for the whole input."""
 
@@ -72,13 +83,13 @@ class SequenceSource(ModelSource):
     )
 
 
-class PreferenceSource(SequenceSource):
+class PreferenceSource(MayShowFacts, SequenceSource):
     """A reward model trained on comparisons: the raw logit."""
 
     kind: Literal["preference"] = "preference"
 
 
-class AbsoluteSource(SequenceSource):
+class AbsoluteSource(MayShowFacts, SequenceSource):
     """A model of rated quality, trained with a sigmoid head on ratings mapped to [0, 1]."""
 
     kind: Literal["absolute"] = "absolute"
@@ -99,7 +110,7 @@ class FactsSource(SequenceSource):
     )
 
 
-class PrincipleSource(SequenceSource):
+class PrincipleSource(MayShowFacts, SequenceSource):
     """A reward model that judges by principles in its input, after the response (SALMON, arXiv 2310.05910)."""
 
     kind: Literal["principle"] = "principle"
@@ -121,7 +132,7 @@ class PrincipleSource(SequenceSource):
     )
 
 
-class ProcessSource(ModelSource):
+class ProcessSource(MayShowFacts, ModelSource):
     """A verifier of steps: the probability that each step of the response is correct, aggregated."""
 
     kind: Literal["process"] = "process"

@@ -85,6 +85,11 @@ def limited(name: str, loaded: Loaded, form: ScorerFormat, source: ModelSource) 
     return form.model_copy(update={"max_tokens": min(limits)})
 
 
+def shown_facts(form: ScorerFormat, item: Item) -> tuple[str, ...]:
+    """Of the item, where the model is fed facts."""
+    return (item.facts or ()) if form.facts else ()
+
+
 @dataclass(frozen=True)
 class Asked:
     """The rows that one item's score needs, and how it comes out of their outputs."""
