@@ -13,22 +13,32 @@ Url = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
 
 
 class PlacedSource(SourceBase):
-    """Where a run puts the model of a source: in actors of its own. A server alone holds its models itself."""
+    """Where the model of a source lives: in a run in actors of its own, in a server alone in processes of its own."""
 
-    replicas: int = Field(default=1, ge=1, description="In a run: actors that hold this model, each a copy.")
-    cpus: float = Field(
-        default=0.25,
-        ge=0,
-        description="In a run: CPUs that Ray reserves for each; with as many threads, at least one.",
+    replicas: int = Field(default=1, ge=1, description="Actors or processes that hold this model, each a copy.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of each. null: in a run as many as cpus, at least one; in a server alone the cores "
+        "shared out among all replicas of all models.",
     )
-    gpus: float = Field(default=0.0, ge=0, description="In a run: GPUs that Ray reserves for each.")
+    cpus: float = Field(default=0.25, ge=0, description="In a run: CPUs that Ray reserves for each.")
+    gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs for each: in a run reserved by Ray, in a server alone shared out of those it sees; a share "
+        "below 1 is of one that others use too. 0: none of its own; `device` says which is used.",
+    )
     restarts: int = Field(
-        default=3, ge=0, description="In a run: how often Ray starts a replica again that died; requests wait or fail."
+        default=3,
+        ge=0,
+        description="How often a replica that died is started again; its requests go to another or fail as infra. In a "
+        "run in all, in a server alone in a row: five minutes of life give them back.",
     )
 
 
 class ModelSource(PlacedSource):
-    """A model of a directory or the hub, from safetensors, in this process. Its `scorer.json` says how it is fed;
+    """A model of a directory or the hub, from safetensors. Its `scorer.json` says how it is fed;
     what is given here lies over it."""
 
     model: str = Field(min_length=1, description="Directory or hub name of the model; a directory of that name wins.")

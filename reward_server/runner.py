@@ -1,8 +1,8 @@
 """What scorers ask of a model: rows of token ids in, numbers out. Knows no model library.
 
-A `ModelRunner` stands for a model of this process (`reward_server.local_model`, `reward_server.vllm_model`) or for Ray
-actors that hold one (`reward_server.model_actor`). Its outputs do not depend on which rows run together (design,
-invariant 4).
+A `ModelRunner` stands for a model of this process (`reward_server.local_model`, `reward_server.vllm_model`) or for
+other processes that hold copies of one (`reward_server.replicas`). Its outputs do not depend on which rows run together
+(design, invariant 4).
 """
 
 from collections.abc import Sequence
@@ -71,6 +71,10 @@ class ModelRunner(Protocol):
     @property
     def lanes(self) -> int:
         """Batches that may run at once: the number of replicas."""
+        ...
+
+    def living(self) -> int:
+        """Replicas that can run a batch now."""
         ...
 
     def run(self, rows: Sequence[Row]) -> list[Output]:
