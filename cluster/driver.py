@@ -2,6 +2,7 @@
 down."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from rich.console import Console
 from cluster.config import Config
 from cluster.feed import total_steps
 from cluster.history import History, begin_incarnation, open_history
+from cluster.janitor import with_janitor
 from cluster.plan import fitting, nodes_of_ray
 from cluster.ray_runtime import ray_cluster
 from cluster.recipe import save_resolved
@@ -50,6 +52,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             return Outcome(None, history.steps_done, history.committed_steps, 0.0)
         with ExitStack() as stack:
             stop = stack.enter_context(stop_request())
+            weights_dir = stack.enter_context(shared_weights(config, history.run_id))
             budget = RestartBudget(config.cluster.restarts, config.cluster.restart_pause_s)
             redis = stack.enter_context(redis_of(config, run, budget))
             url = redis.url
@@ -59,7 +62,6 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             nodes = nodes_of_ray(ray.nodes())
             fitting(config, nodes)
             check_reach(config, len(nodes))
-            weights_dir = stack.enter_context(shared_weights(config, history.run_id))
             telemetry = Telemetry(config.run.trackers, run.path, config.run.name, config.model_dump(mode="json"))
             save_resolved(config, run.config)
             begin_incarnation(run, history)
@@ -111,11 +113,14 @@ def check_reach(config: Config, nodes: int) -> None:
 
 @contextmanager
 def shared_weights(config: Config, run_id: str) -> Iterator[Path]:
-    """The directory that weights are published in, removed at the end; what a killed driver left there goes first."""
-    directory = Path(config.cluster.weights_dir or "/dev/shm") / f"attune-{run_id}"  # noqa: S108
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    """The directory that weights are published in, of this driver alone; gone at its end, whatever ends it."""
+    root = Path(config.cluster.weights_dir or "/dev/shm")  # noqa: S108
+    for left_over in root.glob(f"attune-{run_id}-*"):  # of a machine that went down, or a janitor that did
+        shutil.rmtree(left_over, ignore_errors=True)
+    directory = root / f"attune-{run_id}-{os.getpid()}"
+    with with_janitor(directory):
+        directory.mkdir(parents=True)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)

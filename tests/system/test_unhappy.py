@@ -243,7 +243,7 @@ def test_a_learner_rank_that_dies_once_too_often_ends_the_run_with_its_name(
     assert time.monotonic() - began < 150
     left = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
     assert not [line for line in left if "LearnerWorker" in line or "RolloutWorker" in line]
-    assert not list(Path("/dev/shm").glob(f"attune-{run_id_of(run)}"))
+    assert not list(Path("/dev/shm").glob(f"attune-{run_id_of(run)}*"))
 
 
 def run_id_of(run: Path) -> str:
