@@ -1,12 +1,13 @@
 """What `attune reward-model` goes on from: the last checkpoint of the same training, and of no other."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from cluster.reward_model import Prepared, begin_or_go_on, started
+from cluster.reward_model import Prepared, begin_or_go_on, prepare, started
 from learner.commit import begin_checkpoint, commit_checkpoint
 from learner.reward_examples import Example
 from learner.reward_training import Data
@@ -67,3 +68,39 @@ def test_other_data_and_another_policy_are_another_training(tmp_path: Path) -> N
     assert [key for key, value in of(probability=0.9).items() if value != before[key]] == ["the labelled data"]
     (tmp_path / "model.safetensors").write_bytes(b"2")
     assert [key for key, value in of().items() if value != before[key]] == ["policy.model's files"]
+
+
+def test_paraphrases_are_rated_by_their_likeness_and_language(tiny_decoder: Path, tmp_path: Path) -> None:
+    """From the file to the targets: cosines of the mean last hidden states, where the data names none."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cluster.recipe import resolve
+
+    response, others = "Rome is a city.", ("Rome is large.", "Rome, a city.", "A city is Rome.")
+    paraphrases = [
+        {"text": others[0], "language": "en"},
+        {"text": others[1], "language": "it"},
+        {"text": others[2], "language": "en", "similarity": 0.5},
+    ]
+    row = {"prompt": "Where is Rome?", "response": response, "rating": 4, "language": "en", "paraphrases": paraphrases}
+    (tmp_path / "rated.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    section = {
+        "kind": "absolute", "source": str(tmp_path / "rated.jsonl"), "label_range": [1, 5], "held_out": 0,
+        "other_language": 0.25,
+    }  # fmt: skip
+    config = resolve({"data": {}, "policy": {"model": str(tiny_decoder)}, "reward_model": section}, "x")
+    found = [example.targets[0] for example in prepare(config).data.train]
+
+    loader: Any = AutoModelForCausalLM
+    model, tokenizer = loader.from_pretrained(tiny_decoder).eval(), AutoTokenizer.from_pretrained(tiny_decoder)
+
+    @torch.no_grad()
+    def embedding(text: str) -> torch.Tensor:
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        return model(ids, output_hidden_states=True).hidden_states[-1][0].mean(0)
+
+    near = [float(torch.cosine_similarity(embedding(response), embedding(text), dim=0)) for text in others[:2]]
+    assert all(0 < each < 0.999 for each in near)
+    rating = 0.75
+    assert found == pytest.approx([rating, rating * near[0], rating * near[1] * 0.25, rating * 0.5], abs=1e-5)
