@@ -23,7 +23,7 @@ from learner.commit import latest_committed
 from learner.reward_examples import encode_records, probes_of, with_paraphrases
 from learner.reward_training import Data
 from services.errors import UserError
-from services.models import load_config, load_policy_model, load_tokenizer, max_context_of
+from services.models import family_of, load_config, load_policy_model, load_tokenizer, max_context_of
 from services.models_config import PolicySection
 from services.scoring_format import ScorerFormat, directory_revision, write_format
 from services.text.corpora.labelled import generate_labelled
@@ -73,9 +73,23 @@ def train_reward_model(config: Config, out: Path, *, console: Console, resume: R
         write_format(directory, prepared.form)
 
     arguments = (section.model_dump(mode="json"), data, str(work.resolve()), checkpoint)
-    report = train_on_ranks(config, out, "reward_model", arguments, what="reward-model training", finish=finish)
+    report = train_on_ranks(
+        config,
+        out,
+        "reward_model",
+        arguments,
+        what="an evaluation of reward-model training",
+        finish=finish,
+        progress=lambda: evaluated(work),
+    )
     shutil.rmtree(work)
     return report
+
+
+def evaluated(work: Path) -> int:
+    """Bytes of the lines that evaluations have left: it changes with each."""
+    lines = work / "metrics.jsonl"
+    return lines.stat().st_size if lines.exists() else 0
 
 
 def started(config: Config, prepared: Prepared) -> dict[str, Any]:
@@ -138,9 +152,9 @@ def prepare(config: Config) -> Prepared:
         raise UserError("reward_model.source: is null; it names the labelled data (docs/reward-models.md)")
     tokenizer = load_tokenizer(config.policy)
     records = _read(config, section.source, section.limit)
-    form = section.format(
-        max_context_of(load_config(config.policy)), facts=any(record.asked.facts for record in records)
-    )
+    model = load_config(config.policy)
+    form = section.format(max_context_of(model), facts=any(record.asked.facts for record in records))
+    end = model.eos_token_id if family_of(model) == "encoder-decoder" else None
     splits = split_labelled(records, section.held_out, config.data.seed)
     if not splits.train:
         raise UserError(f"reward_model.source: {section.source} leaves nothing to train on")
@@ -155,7 +169,7 @@ def prepare(config: Config) -> Prepared:
 
     probes = probes_of(splits.held_out, section.probes, config.data.seed)
     parts = [
-        encode_records(records, tokenizer, form, section)
+        encode_records(records, tokenizer, form, section, end=end)
         for records in (with_paraphrases(splits.train, section, similarity), cheap, splits.held_out, probes)
     ]
     data = Data(*(part.examples for part in parts))
