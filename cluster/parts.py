@@ -33,7 +33,7 @@ def start_rewards(
     if url is None:
         token = secrets.token_hex(32)
         models = {
-            name: _model_actors(supervisor, parts[model_part(name)], model_spec(name, source))
+            name: _model_actors(supervisor, parts[model_part(name)], model_spec(name, source), source.threads)
             for name, source in placed_models(config.reward).items()
         }
         server = supervisor.actor(
@@ -71,9 +71,12 @@ def start_rewards(
         supervisor.services.append(Running(name, worker, worker.run.remote()))
 
 
-def _model_actors(supervisor: Supervisor, part: Part, spec: ModelSpec) -> list[Any]:
+def _model_actors(supervisor: Supervisor, part: Part, spec: ModelSpec, threads: int | None) -> list[Any]:
     """The replicas of a source's model."""
-    environment = {"OMP_NUM_THREADS": str(max(1, math.ceil(part.cpus))), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        "OMP_NUM_THREADS": str(threads or max(1, math.ceil(part.cpus))),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     handles: list[Any] = []
     for index in range(part.count):
         handles.append(supervisor.actor(ModelActor, part, environment, spec))

@@ -70,6 +70,9 @@ class LocalModel:
             labels=_labels(self.model.config) if spec.task in ("sequence", "token") else (),
         )
 
+    def living(self) -> int:
+        return 1
+
     def run(self, rows: Sequence[Row]) -> list[Output]:
         if self._end is not None:
             return self._read_at_the_end(rows)
