@@ -120,6 +120,10 @@ def reward_model(
     recipe: Recipe,
     out: Annotated[Path, typer.Option(help="Where the model that scores is written.")],
     overrides: Overrides = None,
+    resume: Annotated[
+        Literal["auto", "never"],
+        typer.Option(help="auto goes on where a training of --out was ended; never begins anew."),
+    ] = "auto",
 ) -> None:
     """Trains a model that scores, from the policy, on comparisons, ratings or labels of steps."""
     from cluster.recipe import load_recipe
@@ -128,7 +132,7 @@ def reward_model(
     from cluster.reward_model import figures_line, train_reward_model
 
     console = _console()
-    report = train_reward_model(config, out, console=console)
+    report = train_reward_model(config, out, console=console, resume=resume)
     console.print(f"Done: {figures_line(report)}. The model is in {out}", highlight=False)
 
 

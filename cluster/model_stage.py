@@ -1,6 +1,7 @@
 """A stage that trains a model directory on the learner's ranks: `attune sft`, `attune reward-model`."""
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from cluster.learners import learner_environment
 from cluster.plan import nodes_of_ray, parts_of, place
 from cluster.ray_runtime import ray_cluster, wait_all
 from learner.worker import LearnerWorker
-from services.errors import UserError
+from services.errors import Deadline, UserError
+
+POLL_S = 0.5
 
 
 def refuse_existing(out: Path) -> None:
@@ -27,10 +30,12 @@ def train_on_ranks(
     *,
     what: str,
     finish: Callable[[Path, Any], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> Any:
     """Calls `method` of every rank with (address, port, *arguments, directory), and returns rank 0's answer.
 
-    The directory is `OUT.writing`, which becomes `out` when `finish(directory, answer)` has returned: a directory of
+    The ranks have `cluster.step_s` for it; where `progress` is given, whenever its value changes they have it anew. The
+    directory is `OUT.writing`, which becomes `out` when `finish(directory, answer)` has returned: a directory of
     the name `out` is a whole model. Arguments go through Ray's object store once.
     """
     part = parts_of(config)["learner"]
@@ -55,7 +60,9 @@ def train_on_ranks(
             references = [
                 getattr(rank, method).remote(address, port, *shared, str(partial.resolve())) for rank in ranks
             ]
-            answer = wait_all(ray, references, seconds=config.cluster.step_s, what=what, who=names)[0]
+            answer = answers(
+                ray, references, names, seconds=config.cluster.step_s, what=what, progress=progress or (lambda: None)
+            )[0]
         finally:
             for rank in ranks:
                 ray.kill(rank, no_restart=True)
@@ -65,3 +72,36 @@ def train_on_ranks(
         out.rmdir()
     partial.rename(out)
     return answer
+
+
+def answers(
+    ray: Any,
+    references: Sequence[Any],
+    names: Sequence[str],
+    *,
+    seconds: float,
+    what: str,
+    progress: Callable[[], object],
+) -> list[Any]:
+    """The answers of all ranks, with so many seconds from one change of `progress` to the next.
+
+    Raises:
+        Deadline: nothing changed for so long; names who did not answer.
+        UserError: of a rank. Any rank's error ends the wait at once: the others may be waiting for that rank.
+    """
+    seen, since = progress(), time.monotonic()
+    while True:
+        ready, pending = ray.wait(list(references), num_returns=len(references), timeout=POLL_S)
+        try:
+            ray.get(ready)
+        except Exception as error:
+            cause = getattr(error, "cause", None)
+            raise (cause if isinstance(cause, UserError) else error) from None
+        if not pending:
+            return ray.get(list(references))
+        now = progress()
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > seconds:
+            late = [name for name, reference in zip(names, references, strict=True) if reference in pending]
+            raise Deadline(waited_for=what, who=", ".join(late), seconds=seconds)

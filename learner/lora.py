@@ -35,7 +35,8 @@ def adapt(lm: nn.Module, section: LoraSection, *, head: str) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError("reward_model.lora: peft is not installed: pip install 'attune[learner]'") from error
-    linear = [name for name, part in lm.named_modules() if isinstance(part, nn.Linear) and name != head]
+    every = [name for name, part in lm.named_modules() if isinstance(part, nn.Linear)]
+    linear = [name for name in every if name.split(".", 1)[0] != head]
     known = sorted({name.rsplit(".", 1)[-1] for name in linear})
     unknown = sorted(set(section.targets) - set(known))
     if unknown:

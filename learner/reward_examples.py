@@ -54,14 +54,28 @@ class Encoding:
 
 
 def encode_records(
-    records: Sequence[Labelled], tokenizer: Any, form: ScorerFormat, section: RewardModelSection
+    records: Sequence[Labelled],
+    tokenizer: Any,
+    form: ScorerFormat,
+    section: RewardModelSection,
+    *,
+    end: int | None = None,
 ) -> Encoding:
-    """All records as examples, every one of its own weight. UserError names the record that cannot be encoded."""
+    """All records as examples, every one of its own weight. UserError names the record that cannot be encoded.
+
+    `end`: an id that every input must have once, as an encoder-decoder is scored at its end of sequence.
+    """
     cut = 0
     examples: list[Example] = []
     for record in records:
         encoded, example = _encode(record, tokenizer, form, section)
         cut += sum(bool(each.flags) for each in encoded)
+        for each in encoded:
+            if end is not None and each.ids.count(end) != 1:
+                raise UserError(
+                    f"{record.asked.where}: the input has {each.ids.count(end)} end-of-sequence tokens; an "
+                    "encoder-decoder is scored at its only one, which the tokenizer writes"
+                )
         examples.append(example)
     return Encoding(examples, cut)
 

@@ -6,7 +6,7 @@ the weights and when to stop. What a held-out example scores depends on nothing 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -65,6 +65,25 @@ def updates_of(data: Data, section: RewardModelSection) -> int:
     return section.epochs * main + section.pretrain.epochs * cheap
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands after an evaluation: what it needs beside the engine's state to go on from there.
+
+    `minibatches` of the epoch are done. `kept` are the figures of the best weights, whose loss is `best`; `waited`
+    evaluations since were no better, and `stopped` says that these were enough. `reports` evaluations were reported.
+    """
+
+    stage: str
+    epoch: int
+    minibatches: int
+    updates: int
+    reports: int
+    best: float | None = None
+    waited: int = 0
+    kept: dict[str, Any] = field(default_factory=dict)
+    stopped: bool = False
+
+
 def train_scores(
     engine: Engine,
     data: Data,
@@ -73,44 +92,60 @@ def train_scores(
     seed: int,
     pad_id: int,
     keep: Callable[[], None],
+    save: Callable[[Progress], None],
     on_report: Callable[[Report], None],
+    start: Progress | None = None,
 ) -> dict[str, Any]:
     """All epochs, the cheap preferences' first; returns the figures of the weights that were kept. Collective.
 
     `keep` is called on every rank when the weights are the best so far (by held-out loss; at the end where nothing is
-    held out), and writes them.
+    held out), and writes them; `save` after every evaluation. `start`: the progress that `save` was last given, the
+    engine being where it was then; None: from the beginning.
 
     Raises:
-        NonFinite: names the stage, the epoch and the minibatch.
+        NonFinite: names the stage, the epoch and the minibatch; or no held-out loss was a number.
         ValueError: no training examples.
     """
     if not data.train:
         raise ValueError("there are no training examples")
     run = _Run(engine, section, seed, pad_id)
-    for epoch in range(section.pretrain.epochs if data.pretrain else 0):
-        for updates, loss in run.epoch(data.pretrain, "pretrain", epoch, evaluations=section.evaluations):
-            on_report(Report("pretrain", epoch, updates, loss, run.figures(data.held_out), best=False))
-    best = math.inf
-    kept: dict[str, Any] = {}
-    waited = 0
-    for epoch in range(section.epochs):
-        examples = prepared(data.train, section, seed_of(seed, epoch))
-        for updates, loss in run.epoch(examples, "train", epoch, evaluations=section.evaluations):
+    at = start or Progress("", 0, 0, 0, 0)
+    epochs = [("pretrain", epoch) for epoch in range(section.pretrain.epochs if data.pretrain else 0)]
+    epochs += [("train", epoch) for epoch in range(section.epochs)]
+    for stage, epoch in epochs[epochs.index((at.stage, at.epoch)) if start else 0 :]:
+        if at.stopped:
+            break
+        examples = prepared(data.train, section, seed_of(seed, epoch)) if stage == "train" else data.pretrain
+        done = at.minibatches if (stage, epoch) == (at.stage, at.epoch) else 0
+        for minibatches, loss in run.epoch(examples, stage, epoch, done=done):
             figures = run.figures(data.held_out)
-            better = bool(figures) and figures["loss"] < best
+            lowest = math.inf if at.best is None else at.best
+            better = stage == "train" and bool(figures) and figures["loss"] < lowest
             if better:
-                best, waited = figures["loss"], 0
-                kept = {"updates": updates, **figures, **run.probe(data.probes)}
                 keep()
-            else:
-                waited += 1
-            on_report(Report("train", epoch, updates, loss, figures, best=better))
-            if data.held_out and section.patience and waited >= section.patience:
-                return {**kept, "stopped_early": True}
+                kept = {"updates": engine.updates_done, **figures, **run.probe(data.probes)}
+                at = replace(at, best=figures["loss"], waited=0, kept=kept)
+            elif stage == "train":
+                at = replace(at, waited=at.waited + 1)
+            on_report(Report(stage, epoch, engine.updates_done, loss, figures, best=better))
+            at = replace(
+                at,
+                stage=stage,
+                epoch=epoch,
+                minibatches=minibatches,
+                updates=engine.updates_done,
+                reports=at.reports + 1,
+                stopped=bool(data.held_out and section.patience and at.waited >= section.patience),
+            )
+            save(at)
+            if at.stopped:
+                break
     if not data.held_out:
-        kept = {"updates": engine.updates_done}
         keep()
-    return {**kept, "stopped_early": False}
+        at = replace(at, kept={"updates": engine.updates_done})
+    if not at.kept:
+        raise NonFinite("reward model: no held-out loss was a finite number, so no weights were kept")
+    return {**at.kept, "stopped_early": at.stopped}
 
 
 @dataclass(frozen=True)
@@ -120,18 +155,17 @@ class _Run:
     seed: int
     pad_id: int
 
-    def epoch(
-        self, examples: Sequence[Example], stage: str, epoch: int, *, evaluations: int
-    ) -> Iterator[tuple[int, float]]:
-        """Trains on every example once; yields (updates so far, mean loss since the last) `evaluations` times."""
+    def epoch(self, examples: Sequence[Example], stage: str, epoch: int, *, done: int) -> Iterator[tuple[int, float]]:
+        """Trains on every example once, but for those of the first `done` minibatches; yields (minibatches done, mean
+        loss since the last) as often as the section evaluates."""
         engine = self.engine
         count = _minibatches(examples, self.section)
         order = epoch_order(_lengths(examples), count, seed_of(self.seed, epoch))
         ordered = [examples[row] for row in order]
         plan = self._plan(ordered, count)
-        every = math.ceil(count / evaluations)
+        every = math.ceil(count / self.section.evaluations)
         total, seen = torch.zeros((), dtype=torch.float64), 0
-        for number, minibatch in enumerate(plan):
+        for number, minibatch in enumerate(plan[done:], start=done):
             weight = sum(sum(ordered[row].weights) for row in minibatch.rows)
             mine = minibatch.ranks[engine.rank]
             for index, micro in enumerate(mine):
@@ -144,7 +178,7 @@ class _Run:
                 raise NonFinite(f"reward model, {stage}, epoch {epoch}, minibatch {number}: {problem}") from problem
             seen += 1
             if seen == every or number == count - 1:
-                yield engine.updates_done, float(add_over_ranks([total.to(engine.device)])[0]) / seen
+                yield number + 1, float(add_over_ranks([total.to(engine.device)])[0]) / seen
                 total, seen = torch.zeros((), dtype=torch.float64), 0
 
     @torch.no_grad()

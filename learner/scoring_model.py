@@ -1,7 +1,8 @@
 """A model that scores, as the engine trains it: a transformers classifier over the policy's trunk.
 
 What is trained here is what serving runs, the classifier's own forward: the score of a sequence is read where
-transformers reads it, at the last token that is no padding. Dropout is off.
+transformers reads it, at the last token that is no padding. An encoder-decoder is given the sequence on both sides, and
+is read at the end-of-sequence token, which every input has once. Dropout is off.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from services.models import family_of, load_config
 from services.models_config import PolicySection
 from services.scoring_format import STEP_LABELS
 
-HEAD = "score"
-"""The classifier's linear layer, in every decoder of transformers."""
+HEADS = {"decoder": "score", "encoder-decoder": "classification_head"}
+"""The new part of the classifier: a linear layer in every decoder of transformers, two in its encoder-decoders."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def start_scoring_model(
     """What training starts from: the policy under a new head, and adapters where the section asks for them."""
     lm = start_classifier(policy, tokenizer, steps=section.shape == "steps", dtype=dtype, seed=seed)
     if section.lora.rank:
-        adapt(lm, section.lora, head=HEAD)
+        adapt(lm, section.lora, head=next(name for name in HEADS.values() if hasattr(lm, name)))
     return ScoringModel(lm)
 
 
@@ -82,9 +83,11 @@ def start_classifier(
     Raises UserError for a family or an architecture without such a classifier, and for weights that are not there.
     """
     config: Any = load_config(section)
-    if family_of(config) != "decoder":
+    family = family_of(config)
+    if steps and family != "decoder":
         raise UserError(
-            f"policy.model: {section.model} is an encoder-decoder; a model that scores starts from a decoder"
+            f"policy.model: {section.model} is an encoder-decoder; reward_model.kind process labels steps, and starts "
+            "from a decoder"
         )
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if padding is None:
@@ -107,10 +110,10 @@ def start_classifier(
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"policy.model: {section.model} cannot be made a model that scores: {error}") from error
-    head = {f"{HEAD}.weight", f"{HEAD}.bias"}
-    if not isinstance(getattr(model, HEAD, None), nn.Linear):
-        raise UserError(f"policy.model: a {config.model_type} model has no linear score that training knows")
-    missing = sorted(set(info["missing_keys"]) - head)
+    head = HEADS[family]
+    if not isinstance(getattr(model, head, None), nn.Linear if family == "decoder" else nn.Module):
+        raise UserError(f"policy.model: a {config.model_type} model has no {head} that training knows")
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(f"{head}."))
     if missing:
         raise UserError(
             f"policy.model: {section.model} lacks {len(missing)} of the trunk's weights, first {missing[0]}"

@@ -4,7 +4,6 @@ Every method but `address` and `pulse` is collective: it returns when all ranks 
 ids; each rank fetches the groups itself, so that what is computed over the whole batch is the same on all of them.
 """
 
-import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -23,8 +22,9 @@ from learner.faults import collective
 from learner.policy import PolicyWithValue, ValueKind, verify_head
 from learner.ppo import Rules, TrainerState, train_step
 from learner.publish import BUCKET_BYTES, Zero3Source, export, publish
+from learner.reward_checkpoint import TrainingFiles
 from learner.reward_model_config import RewardModelSection
-from learner.reward_training import Data, Report, train_scores
+from learner.reward_training import Data, train_scores
 from learner.reward_training import updates_of as updates_of_scores
 from learner.scoring_model import start_scoring_model
 from learner.sft import EpochReport, Pair, fine_tune, updates_of
@@ -200,12 +200,19 @@ class LearnerWorker:
         return [asdict(report) for report in reports]
 
     def reward_model(
-        self, master_addr: str, master_port: int, section: dict[str, Any], data: Data, directory: str
+        self,
+        master_addr: str,
+        master_port: int,
+        section: dict[str, Any],
+        data: Data,
+        work: str,
+        resume: str | None,
+        directory: str,
     ) -> dict[str, Any]:
         """Trains a model that scores from the policy and writes it to `directory`; the figures of what was kept.
 
-        In place of `setup`, as `sft`. `section` is a `RewardModelSection` as a dict. An evaluation a line is written
-        to training/metrics.jsonl as training goes on.
+        In place of `setup`, as `sft`. `section` is a `RewardModelSection` as a dict. `work` has the files of
+        `learner.reward_checkpoint` as training goes on; `resume` is a checkpoint there, of the same training.
         """
         self._join(master_addr, master_port)
         settings = RewardModelSection.model_validate(section)
@@ -215,24 +222,21 @@ class LearnerWorker:
         )
         updates = updates_of_scores(data, settings)
         engine = Engine(model, settings.learner(self.section, updates), updates=updates, device=self._device)
-        metrics = Path(directory) / "training" / "metrics.jsonl"
-
-        def report(each: Report) -> None:
-            if self.rank == 0:
-                metrics.parent.mkdir(parents=True, exist_ok=True)
-                with metrics.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(asdict(each)) + "\n")
-
         self._engine = engine
-        return train_scores(
+        files = TrainingFiles(engine, tokenizer, work)
+        figures = train_scores(
             engine,
             data,
             settings,
             seed=self._seed,
             pad_id=model.pad_id,
-            keep=lambda: export(engine, tokenizer, directory),
-            on_report=report,
+            start=None if resume is None else files.load(resume),
+            keep=files.keep,
+            save=files.save,
+            on_report=files.report,
         )
+        files.finish(figures["updates"], directory)
+        return figures
 
     def close(self) -> None:
         """Leaves the process group. Not needed before a process ends."""

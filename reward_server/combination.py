@@ -46,11 +46,6 @@ def shifted(value: float, source: Constants) -> float:
     return number if source.clip is None else min(max(number, source.clip[0]), source.clip[1])
 
 
-def contribution(value: float, source: Constants) -> float:
-    """weight * clip(scale * value + offset)."""
-    return source.weight * shifted(value, source)
-
-
 @dataclass(frozen=True)
 class Ensemble:
     """Several sources as one: `reduce` of their shifted values, in the sum with constants of its own."""

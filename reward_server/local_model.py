@@ -5,6 +5,7 @@ attention mask, and every output is read at the row's own positions.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from inspect import signature
@@ -59,6 +60,8 @@ class LocalModel:
         self.model: Any = _load(spec).eval()
         self.model.to(self.device)
         self._batched = spec.task != "sequence" or _pad_id(self.model.config) is not None
+        both_sides = spec.task == "sequence" and getattr(self.model.config, "is_encoder_decoder", False)
+        self._end = int(self.model.config.eos_token_id) if both_sides else None
         self._keeps = "logits_to_keep" in signature(self.model.forward).parameters
         self.facts = ModelFacts(
             task=spec.task,
@@ -71,10 +74,23 @@ class LocalModel:
         return 1
 
     def run(self, rows: Sequence[Row]) -> list[Output]:
+        if self._end is not None:
+            return self._read_at_the_end(rows)
         if not self._batched:
             # transformers finds the last token by the padding's id: without one, rows run alone.
             return [self._forward([row])[0] for row in rows]
         return self._forward(rows) if rows else []
+
+    def _read_at_the_end(self, rows: Sequence[Row]) -> list[Output]:
+        """An encoder-decoder reads its score at the last end-of-sequence token, and takes rows of as many together
+        only; one without any has no score."""
+        found: list[Output] = [[[math.nan]] for _ in rows]
+        counts = [row.ids.count(self._end) for row in rows]
+        for count in sorted({count for count in counts if count}):
+            alike = [i for i, each in enumerate(counts) if each == count]
+            for i, output in zip(alike, self._forward([rows[i] for i in alike]), strict=True):
+                found[i] = output
+        return found
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Row]) -> list[Output]:

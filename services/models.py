@@ -157,9 +157,11 @@ def _check_language_model(section: PolicySection, config: PreTrainedConfig) -> N
     classes = {allowed} if isinstance(allowed, str) else set(allowed)
     saved: list[str] = list(getattr(config, "architectures", None) or [])
     if saved and not classes.intersection(saved):
+        scores = saved[0].endswith("Classification")
         raise UserError(
             f"policy.model: {section.model} was saved as {saved[0]}, which is not a language model; "
             f"a {config.model_type} policy is a {' or '.join(sorted(classes))}"
+            + (". A model that scores is a source of the reward, or a value function's start" if scores else "")
         )
 
 

@@ -177,13 +177,34 @@ def job_of(model: str, steps: int, **learner: Any) -> dict[str, Any]:
 
 def run_ranks(jobs: dict[str, dict[str, Any]], ranks: int, directory: Path, timeout_s: float = 250) -> Any:
     """Runs jobs on so many ranks, and returns what rank 0 said of each."""
+    processes, logs = _start_ranks(jobs, ranks, directory)
+    try:
+        codes = [process.wait(timeout=timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, code in enumerate(codes):
+        logs[rank].seek(0)
+        assert code == 0, f"rank {rank} ended with {code}:\n{logs[rank].read()[-4000:]}"
+    return json.loads((directory / "out.json").read_text())
+
+
+def start_rank(jobs: dict[str, dict[str, Any]], directory: Path) -> subprocess.Popen[bytes]:
+    """Runs jobs on one rank and does not wait."""
+    processes, _ = _start_ranks(jobs, 1, directory)
+    return processes[0]
+
+
+def _start_ranks(
+    jobs: dict[str, dict[str, Any]], ranks: int, directory: Path
+) -> tuple[list[subprocess.Popen[bytes]], list[Any]]:
+    """The processes, and the files that they log to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    out = directory / "out.json"
     path = directory / "jobs.json"
     shared = {"world_size": ranks, "address": "127.0.0.1", "port": port}
-    path.write_text(json.dumps({"jobs": jobs, "ranks": shared, "out": str(out)}))
+    path.write_text(json.dumps({"jobs": jobs, "ranks": shared, "out": str(directory / "out.json")}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     logs = [(directory / f"rank{rank}.log").open("w+") for rank in range(ranks)]
     processes = [
@@ -195,15 +216,7 @@ def run_ranks(jobs: dict[str, dict[str, Any]], ranks: int, directory: Path, time
         )
         for rank in range(ranks)
     ]
-    try:
-        codes = [process.wait(timeout=timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, code in enumerate(codes):
-        logs[rank].seek(0)
-        assert code == 0, f"rank {rank} ended with {code}:\n{logs[rank].read()[-4000:]}"
-    return json.loads(out.read_text())
+    return processes, logs
 
 
 PAIRS = [

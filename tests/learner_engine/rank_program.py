@@ -96,7 +96,10 @@ def reward_model(job: Job, rank: int) -> dict[str, Any]:
     worker = worker_of(job, rank)
     directory = Path(job["directory"]) / "scorer"
     data = Data(*([Example(**example) for example in job["data"][part]] for part in PARTS))
-    report = worker.reward_model(job["address"], job["port"], job["reward_model"], data, str(directory))
+    work, resume = directory.parent / "work", job.get("resume")
+    report = worker.reward_model(
+        job["address"], job["port"], job["reward_model"], data, str(work), resume, str(directory)
+    )
     metrics = directory / "training" / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     asked = [Example(**example) for example in job.get("asked", [])]

@@ -4,6 +4,9 @@ The truth is simple (conftest): w5 is good and w6 is bad, at the end of a sequen
 """
 
 import math
+import shutil
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from learner.commit import latest_committed
 from services.scoring_format import STEP_LABELS
+from tests.learner_engine.conftest import run_ranks, scoring_job, start_rank
 
 
 def loaded(result: Any, loader: Any) -> Any:
@@ -100,3 +105,32 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(scoring_runs: Any
     assert lines[-1]["updates"] < 22
     assert not any(line["best"] for line in lines[-2:])
     assert math.isclose(result["report"]["loss"], min(line["held_out"]["loss"] for line in lines))
+
+
+@pytest.mark.parametrize("name", ["comparisons", pytest.param("lora", marks=pytest.mark.slow)])
+def test_a_training_that_was_killed_goes_on_bit_for_bit(model_dirs: dict[str, str], name: str, tmp_path: Path) -> None:
+    """Killed once a checkpoint is committed, and begun again from it: weights, figures and lines as if never killed."""
+    job = scoring_job(model_dirs["tied"], lora={"rank": 4 if name == "lora" else 0}, evaluations=4, patience=6)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "resumed").mkdir()
+    process = start_rank({name: job}, tmp_path / "killed")
+    work = tmp_path / "killed" / name / "work"
+    deadline = time.monotonic() + 200
+    while not list(work.glob("checkpoints/step_*[0-9]/COMMITTED")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    commit = latest_committed(work).commit
+    assert commit is not None
+    assert 0 < commit.step < 22
+    shutil.copytree(work, tmp_path / "resumed" / "resumed" / "work")
+    again = tmp_path / "resumed" / "resumed" / "work" / "checkpoints" / commit.path.name
+    results = run_ranks({"whole": job, "resumed": {**job, "resume": str(again)}}, 1, tmp_path / "resumed")
+    whole, resumed = results["whole"], results["resumed"]
+    assert resumed["report"] == whole["report"]
+    assert resumed["lines"] == whole["lines"]
+    assert len(whole["lines"]) == 10
+    ours, theirs = (Path(each["directory"], "model.safetensors").read_bytes() for each in (resumed, whole))
+    assert ours == theirs

@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "preference": {"kind": "preference"},
     "doubled": {"kind": "preference"},  # template and tokenizer both write the beginning of sequence
     "plain": {"kind": "preference", "input_template": "Q {prompt} A {response}"},
+    "t5": {"kind": "preference", "input_template": "Q {prompt} A {response}"},
     "facts": {"kind": "preference"},
     "judged": {"kind": "preference"},
     "absolute": {"kind": "absolute", "label_range": [1, 5]},
@@ -65,7 +66,7 @@ def rows_of(case: str, cities: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def trained(tiny_decoder: Path, tiny_encoder_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Case -> the model's directory, the held-out items, and the training engine's logits of them."""
     from tokenizers.processors import TemplateProcessing
 
@@ -83,7 +84,7 @@ def trained(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     forms: dict[str, Any] = {}
     items: dict[str, list[dict[str, Any]]] = {}
     for case, kind in CASES.items():
-        policy = PolicySection(model=str(doubled if case == "doubled" else single))
+        policy = PolicySection(model=str({"doubled": doubled, "t5": tiny_encoder_decoder}.get(case, single)))
         settings = {**SCORING, "batch_size": 4, "epochs": 3, **kind}
         section = RewardModelSection.model_validate(settings)
         form = forms[case] = section.format(max_context_of(load_config(policy)))
@@ -127,7 +128,7 @@ def served(kind: str, result: Any, **options: Any) -> list[Any]:
     return components
 
 
-@pytest.mark.parametrize("case", ["preference", "doubled", "plain", "facts", "judged", "absolute", "principle"])
+@pytest.mark.parametrize("case", ["preference", "doubled", "plain", "t5", "facts", "judged", "absolute", "principle"])
 def test_a_held_out_logit_is_the_same_in_training_and_serving(trained: Any, case: str) -> None:
     result = trained[case]
     kind = case if case in ("absolute", "principle") else "preference"

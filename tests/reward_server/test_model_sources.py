@@ -387,3 +387,25 @@ def test_every_source_with_a_model_scores_over_http_side_by_side(serving: Any, s
     assert "prompt_truncated" in shorter["flags"]
     revisions = {name: source["revision"] for name, source in answer["server"]["sources"].items()}
     assert len(set(revisions.values())) == 8
+
+
+def test_an_encoder_decoder_scores_items_of_any_company(tiny_encoder_decoder: Path, tmp_path: Path) -> None:
+    """T5 reads its score at the end of sequence, and refuses rows with unlike numbers of it: they run apart."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    path = shutil.copytree(tiny_encoder_decoder, tmp_path / "t5")
+    torch.manual_seed(3)
+    loader: Any = AutoModelForSequenceClassification
+    model = loader.from_pretrained(path, num_labels=1).eval()
+    model.save_pretrained(path)
+    tokenizer = tokenizer_of(path)
+    responses = ["Rome is large.", f"Rome{tokenizer.eos_token} is a city.", "A city.", f"So{tokenizer.eos_token}"]
+    scorer = scorer_of(kind="preference", model=path, input_template="{prompt} {response}")
+    found = [one.component.value for one in scored(scorer, *({"response": text} for text in responses))]
+    with torch.no_grad():
+        ids = [tokenizer(f"{QUESTION} {text}", return_tensors="pt")["input_ids"] for text in responses]
+        expected = [model(input_ids=each).logits[0, 0].item() for each in ids]
+    assert [int((each == tokenizer.eos_token_id).sum()) for each in ids] == [1, 2, 1, 2]
+    assert found == pytest.approx(expected, abs=NEAR)
+    assert len(set(found)) == 4

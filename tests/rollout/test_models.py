@@ -61,8 +61,9 @@ def test_not_a_language_model(tmp_path: Path) -> None:
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-        with pytest.raises(UserError, match="language model"):
+        with pytest.raises(UserError, match="language model") as said:
             load_policy_model(PolicySection(model=str(tmp_path / name)))
+        assert ("A model that scores is a source of the reward" in str(said.value)) == (name == "classifier")
 
 
 def test_weights_absent_or_incomplete(policies: dict[str, Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 
 from services.scoring_format import read_format
 
@@ -63,6 +64,37 @@ def test_preferences_then_a_reward_model_from_the_policy(attune: Attune, recipe:
     code, output = attune("reward-model", str(path), "--out", str(tmp_path / "x"), "reward_model.kind=absolute")
     assert code == 2, output
     assert "pairs.jsonl:1: needs one of rating" in output
+
+
+@pytest.mark.slow
+def test_a_reward_model_whose_training_was_killed_goes_on(
+    attune: Attune, start: Callable[..., subprocess.Popen[str]], recipe: Recipe, tmp_path: Path
+) -> None:
+    """Killed after its first checkpoint, and started again: the same bytes as of a training that was left alone."""
+    pairs, whole, killed = tmp_path / "pairs.jsonl", tmp_path / "whole", tmp_path / "killed"
+    settings = {"source": str(pairs), "batch_size": 2, "lr": 3e-3, "epochs": 8, "patience": 0}
+    path = recipe(reward_model=settings)
+    assert attune("preferences", str(path), "--out", str(pairs))[0] == 0
+    code, output = attune("reward-model", str(path), "--out", str(whole))
+    assert code == 0, output
+    process = start("reward-model", str(path), "--out", str(killed))
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed.training/checkpoints/step_*[0-9]/COMMITTED")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not killed.exists()
+    code, output = attune("reward-model", str(path), "--out", str(killed), "reward_model.lr=1e-3")
+    assert code == 2, output
+    assert "another reward_model.lr (0.003, now 0.001)" in output
+    code, output = attune("reward-model", str(path), "--out", str(killed))
+    assert code == 0, output
+    assert "going on after" in output
+    for name in ("model.safetensors", "scorer.json", "training/metrics.jsonl", "training/report.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not list(tmp_path.glob("*.training"))
 
 
 def test_the_scoring_service_alone(start: Callable[..., subprocess.Popen[str]]) -> None:
