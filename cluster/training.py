@@ -12,6 +12,7 @@ between any two of these leaves either the old commit or the new one as the trut
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from cluster.training_data import TrainingData
 from cluster.weight_rounds import WeightRounds
 from learner.commit import begin_checkpoint, commit_checkpoint, prune_checkpoints
 from services.errors import Deadline
-from services.records import PolicyVersion
+from services.records import Group, PolicyVersion
 from services.stream.ledger import Ledger
 from services.telemetry import Telemetry
 from services.weights import MANIFEST
@@ -321,7 +322,7 @@ class Training:
         self.run.write_samples(step, fetched, result["samples"])
         if self.evaluator is not None and (step + 1) % self.config.evaluation.every == 0:
             metrics |= self._evaluate(step)
-        self.run.write_metrics(step, metrics)
+        self.run.write_metrics(step, {**metrics, "reward/revisions": reward_revisions(fetched)})
         self.telemetry.write(step, metrics)
         self.progress.step(step, metrics)
 
@@ -392,3 +393,14 @@ class Training:
 
     def _tick(self) -> None:
         self.stop.check()
+
+
+def reward_revisions(groups: Sequence[Group]) -> list[str]:
+    """Under which revisions of the reward's recipe the samples were scored; interventions make several in one step."""
+    found = {
+        sample.reward.detail.get("recipe_revision")
+        for group in groups
+        for sample in group.samples
+        if sample.reward is not None
+    }
+    return sorted(str(revision) for revision in found if revision is not None)

@@ -7,11 +7,10 @@ starts it again when it dies. An `ActorReplica` asks one, for a `ReplicaRunner`.
 import time
 from collections.abc import Sequence
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 from reward_server.replicas import ReplicaLost
-from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Output, Row
+from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Output, Row, load_model
 from services.errors import Deadline
 
 POLL_S = 0.5
@@ -33,7 +32,7 @@ class ModelActor:
 
     @cached_property
     def _model(self) -> ModelRunner:
-        return import_module("reward_server.local_model").LocalModel(self._spec)
+        return load_model(self._spec)
 
 
 class ActorReplica:

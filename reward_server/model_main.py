@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib import import_module
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from reward_server.logs import configure, where
-from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Row
+from reward_server.runner import ModelFacts, ModelSpec, Row, load_model
 from services.errors import UserError
 
 
@@ -54,7 +53,7 @@ def main(descriptor: int) -> None:
     inbox: SimpleQueue[dict[str, Any]] = SimpleQueue()
     threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     try:
-        model: ModelRunner = import_module("reward_server.local_model").LocalModel(ModelSpec(**inbox.get()["spec"]))
+        model = load_model(ModelSpec(**inbox.get()["spec"]))
     except ImportError:
         write(connection, {"refused": "a model needs torch and transformers: pip install 'attune[cpu]'"})
         return

@@ -4,7 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from reward_server.runner import ModelEngine
 from reward_server.sources_config import SourceBase, Weight
+from services.config_base import Section
 from services.scoring_format import StepRule
 
 Url = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
@@ -71,6 +73,16 @@ class ModelSource(PlacedSource):
     )
 
 
+class MayShowFacts(Section):
+    """Of a source whose model is shown facts where it was trained so."""
+
+    facts: bool | None = Field(
+        default=None,
+        description="Write the item's facts, where it has any, before the last user message; null: scorer.json's, "
+        "which says whether training showed facts.",
+    )
+
+
 class SequenceSource(ModelSource):
     """A model with one number for the whole input."""
 
@@ -81,13 +93,13 @@ class SequenceSource(ModelSource):
     )
 
 
-class PreferenceSource(SequenceSource):
+class PreferenceSource(MayShowFacts, SequenceSource):
     """A reward model trained on comparisons: the raw logit."""
 
     kind: Literal["preference"] = "preference"
 
 
-class AbsoluteSource(SequenceSource):
+class AbsoluteSource(MayShowFacts, SequenceSource):
     """A model of rated quality, trained with a sigmoid head on ratings mapped to [0, 1]."""
 
     kind: Literal["absolute"] = "absolute"
@@ -108,7 +120,7 @@ class FactsSource(SequenceSource):
     )
 
 
-class PrincipleSource(SequenceSource):
+class PrincipleSource(MayShowFacts, SequenceSource):
     """A reward model that judges by principles in its input, after the response (SALMON, arXiv 2310.05910)."""
 
     kind: Literal["principle"] = "principle"
@@ -130,7 +142,7 @@ class PrincipleSource(SequenceSource):
     )
 
 
-class ProcessSource(ModelSource):
+class ProcessSource(MayShowFacts, ModelSource):
     """A verifier of steps: the probability that each step of the response is correct, aggregated."""
 
     kind: Literal["process"] = "process"
@@ -214,6 +226,16 @@ class JudgeSource(PlacedSource):
     answer_prefix: str = Field(
         default="(", description="What the judge's answer begins with, of a model here: the letter or digit is next."
     )
+    engine: ModelEngine = Field(
+        default="transformers",
+        description="What runs a model here. vllm: batches of its own, and a cache of common beginnings.",
+    )
+    kv_cache_mib: int | None = Field(
+        default=None,
+        ge=1,
+        description="vllm: memory of the KV cache (MiB); null: 1 GiB on a CPU, on GPUs what vLLM finds free: set it "
+        "where the GPU is shared.",
+    )
     url: Url | None = Field(
         default=None,
         description="An OpenAI-compatible endpoint, http(s)://host:port/v1, without a password; null: the model runs "
@@ -226,6 +248,12 @@ class JudgeSource(PlacedSource):
 
     @model_validator(mode="after")
     def _a_judge_that_can_answer(self) -> Self:
+        if self.engine == "vllm" and self.url is not None:
+            raise ValueError("engine: vllm runs the model here, and url says that it runs elsewhere: give one of them")
+        if self.engine == "vllm" and self.device != "auto":
+            raise ValueError(
+                f"device: {self.device}: vLLM takes the devices that its process sees; only auto is allowed"
+            )
         if self.lowest >= self.highest:
             raise ValueError(f"lowest ({self.lowest}) must be below highest ({self.highest})")
         needed = ("first", "second") if self.mode == "compare" else ("response",)

@@ -1,6 +1,7 @@
 """Which models a recipe's sources ask for. Pure: a plan of resources needs it before any model is loaded."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from reward_server.config import RewardSection
 from reward_server.model_sources_config import (
@@ -25,7 +26,10 @@ def placed_models(section: RewardSection) -> dict[str, ModelSource | JudgeSource
 def model_spec(name: str, source: ModelSource | JudgeSource) -> ModelSpec:
     """The model that a source of this name asks for, and for what."""
     field = f"reward.sources.{name}"
-    return ModelSpec(source.model, source.model_revision, _task(source), source.dtype, source.device, field)
+    spec = ModelSpec(source.model, source.model_revision, _task(source), source.dtype, source.device, field)
+    if isinstance(source, JudgeSource):
+        return replace(spec, engine=source.engine, max_tokens=source.max_tokens, kv_cache_mib=source.kv_cache_mib)
+    return spec
 
 
 def _task(source: ModelSource | JudgeSource) -> Task:

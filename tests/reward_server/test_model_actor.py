@@ -8,6 +8,7 @@ import pytest
 
 from reward_server.config import RewardSection
 from reward_server.model_actor import ActorReplica, ModelActor
+from reward_server.placement import model_spec, placed_models
 from reward_server.replicas import ReplicaLost, ReplicaRunner
 from reward_server.runner import ModelSpec
 from reward_server.schema import Item
@@ -54,3 +55,36 @@ def test_replicas_score_like_a_local_model(ray_session: str, scoring_models: Any
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+@pytest.mark.slow
+def test_a_judge_in_vllm_says_what_it_says_in_transformers(ray_session: str, scoring_models: Any) -> None:
+    import ray
+
+    assert ray_session
+    judge = {"kind": "judge", "model": str(scoring_models["causal"]), "min_mass": 0.0, "max_tokens": 600}
+    sources = {"compare": judge, "rate": {**judge, "mode": "rate"}}
+    items = [item.model_copy(update={"reference": "In Norway."}) for item in ITEMS]
+
+    def section(**more: Any) -> RewardSection:
+        return RewardSection.model_validate({"sources": {name: {**one, **more} for name, one in sources.items()}})
+
+    there = section(engine="vllm", kv_cache_mib=64)
+    remote: Any = ray.remote(num_cpus=1)(ModelActor)
+    # Both sources ask the same of the same model: one actor answers for both.
+    actor = remote.remote(model_spec("compare", placed_models(there)["compare"]))
+    try:
+        runner = ReplicaRunner("s", [ActorReplica(actor, ray, load_s=240)], restarts=1)
+        assert runner.facts.max_tokens == 600
+        asked, expected = (build_scorers(there, runners=dict.fromkeys(sources, runner)), build_scorers(section()))
+        for name in sources:
+            said, known = (list(asyncio.run(scorers[name].score(items))) for scorers in (asked, expected))
+            for one, other in zip(said, known, strict=True):
+                assert one.component.value == pytest.approx(other.component.value, abs=1e-4)
+                assert one.component.detail == pytest.approx(other.component.detail, abs=1e-4)
+            assert len({one.component.value for one in said}) > 1
+        absent = remote.remote(ModelSpec(judge["model"], None, "choice", "float32", "auto", "s", "vllm", 100_000))
+        with pytest.raises(UserError, match="vLLM does not start"):
+            ReplicaRunner("s", [ActorReplica(absent, ray, load_s=240)], restarts=1)
+    finally:
+        ray.kill(actor)
