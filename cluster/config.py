@@ -80,7 +80,22 @@ class ClusterSection(Section):
         description="Grace (s) after a signal in which a last commit may be written; Ray's own default is 3.",
     )
     restarts: int = Field(
-        default=3, ge=0, description="Rollout actors that may be replaced in a run before it ends with their error."
+        default=3,
+        ge=0,
+        description="Times between two commits that a kind of part (rollout actors, scoring workers, the reward "
+        "server, the learner, the embedded Redis, the evaluator) may die or stand still and is started again; once "
+        "more ends the run with its error. 0: the first death of any part ends it.",
+    )
+    restart_pause_s: float = Field(
+        default=1.0,
+        ge=0,
+        description="Pause (s) before the first of these restarts; each further one waits twice as long, at most 60 s.",
+    )
+    progress_s: float = Field(
+        default=900.0,
+        gt=0,
+        description="Longest (s) that a part with work may make no progress (no group finished, no weights loaded, no "
+        "answer) before it is ended and started again. Above the time that the longest responses take.",
     )
     weights: Literal["files", "collective"] = Field(
         default="files",

@@ -2,6 +2,7 @@
 down."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,19 +13,20 @@ from rich.console import Console
 
 from cluster.config import Config
 from cluster.feed import total_steps
-from cluster.history import History, open_history
-from cluster.plan import nodes_of_ray, parts_of, place
+from cluster.history import History, begin_incarnation, open_history
+from cluster.janitor import with_janitor
+from cluster.plan import fitting, nodes_of_ray
 from cluster.ray_runtime import ray_cluster
 from cluster.recipe import save_resolved
+from cluster.redis_keeper import redis_of
+from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir, read_jsonl
 from cluster.signals import Stopped, stop_request
 from cluster.supervise import Supervisor
 from cluster.training import Outcome, Training
 from cluster.training_data import load_training_data
-from learner.commit import drop_checkpoints_after
 from rollout.worker import check_engine
 from services.errors import UserError
-from services.stream.embedded import EmbeddedRedis
 from services.stream.ledger import open_ledger
 from services.telemetry import Telemetry
 
@@ -50,20 +52,20 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             return Outcome(None, history.steps_done, history.committed_steps, 0.0)
         with ExitStack() as stack:
             stop = stack.enter_context(stop_request())
-            url = stack.enter_context(stream_url(config, run))
+            weights_dir = stack.enter_context(shared_weights(config, history.run_id))
+            budget = RestartBudget(config.cluster.restarts, config.cluster.restart_pause_s)
+            redis = stack.enter_context(redis_of(config, run, budget))
+            url = redis.url
             ledger = open_ledger(url, history.run_id, config.stream)
             ray = stack.enter_context(ray_cluster(config.cluster))
             stop.install()
             nodes = nodes_of_ray(ray.nodes())
-            place(list(parts_of(config).values()), nodes)
+            fitting(config, nodes)
             check_reach(config, len(nodes))
-            weights_dir = stack.enter_context(shared_weights(config, history.run_id))
             telemetry = Telemetry(config.run.trackers, run.path, config.run.name, config.model_dump(mode="json"))
-            run.cut_back(history.steps_done)
-            drop_checkpoints_after(run.path, history.steps_done)
             save_resolved(config, run.config)
-            run.event("start", run_id=history.run_id, incarnation=history.incarnation, step=history.steps_done)
-            supervisor = Supervisor(ray, run, ledger, config.cluster.restarts, config.cluster.start_s)
+            begin_incarnation(run, history)
+            supervisor = Supervisor(ray, run, ledger, budget, config.cluster.progress_s, watch=redis.check)
             stack.callback(supervisor.stop)
             training = Training(
                 config, run, history, data, ledger, supervisor, stop, weights_dir, url, telemetry, console
@@ -110,22 +112,15 @@ def check_reach(config: Config, nodes: int) -> None:
 
 
 @contextmanager
-def stream_url(config: Config, run: RunDir) -> Iterator[str]:
-    """The URL of the recipe's Redis, or of one that is a child of this process, with its data in the run directory."""
-    if config.stream.url is not None:
-        yield config.stream.resolved_url()
-        return
-    with EmbeddedRedis(run.redis, config.stream.appendfsync, maxmemory_mb=config.stream.maxmemory_mb) as server:
-        yield server.url
-
-
-@contextmanager
 def shared_weights(config: Config, run_id: str) -> Iterator[Path]:
-    """The directory that weights are published in, removed at the end; what a killed driver left there goes first."""
-    directory = Path(config.cluster.weights_dir or "/dev/shm") / f"attune-{run_id}"  # noqa: S108
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    """The directory that weights are published in, of this driver alone; gone at its end, whatever ends it."""
+    root = Path(config.cluster.weights_dir or "/dev/shm")  # noqa: S108
+    for left_over in root.glob(f"attune-{run_id}-*"):  # of a machine that went down, or a janitor that did
+        shutil.rmtree(left_over, ignore_errors=True)
+    directory = root / f"attune-{run_id}-{os.getpid()}"
+    with with_janitor(directory):
+        directory.mkdir(parents=True)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Evaluation during training: an actor with an engine of its own, so that no rollout actor is taken from its work."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from cluster.evaluate import EvaluationPrompt, evaluate
 from cluster.evaluation_config import EvaluationSection
 from cluster.evaluation_prompts import attention_options, evaluation_prompts
 from cluster.plan import Part
-from cluster.supervise import Running, Supervisor
+from cluster.supervise import POLL_S, PartDied, Running, Supervisor
 from cluster.training_data import TrainingData
 from rollout.config import RolloutSection
 from rollout.worker import build_oracle
@@ -52,6 +53,10 @@ class EvaluationWorker:
         self._prompts = prompts
         self._max_tokens = rollout.max_tokens
 
+    async def pulse(self) -> tuple[int, bool]:
+        """That it answers; an evaluation has a deadline of its own."""
+        return 0, False
+
     async def evaluate(self, published: str) -> tuple[dict[str, float], float]:
         """Loads published weights and measures them; returns the scalars and the figure that chooses."""
         await self._engine.load_weights(published, NAME)
@@ -77,9 +82,9 @@ class Evaluator:
         self._config = config
         self._supervisor = supervisor
         self._tick = tick
-        self._actor = Running(
-            NAME,
-            supervisor.actor(
+
+        def start() -> Running:
+            worker = supervisor.actor(
                 EvaluationWorker,
                 part,
                 {"OMP_NUM_THREADS": str(config.rollout.threads)},
@@ -89,20 +94,50 @@ class Evaluator:
                 section,
                 attention_options(config),
                 prompts,
-            ),
-        )
+            )
+            return Running(NAME, worker)
+
+        self._start = start
+        self._actor = start()
         supervisor.others.append(self._actor)
 
-    def evaluate(self, published: str, serve: Callable[[], object] | None = None) -> Evaluation:
-        """Measures the weights of a manifest, or of an offer to NAME, which `serve` then sends."""
-        reference = self._actor.handle.evaluate.remote(published)
-        if serve is not None:
-            serve()
-        scalars, value = self._supervisor.wait(
-            [reference],
-            [self._actor.name],
-            what="the evaluation",
-            seconds=self._config.cluster.step_s,
-            tick=self._tick,
-        )[0]
-        return Evaluation(scalars, value, larger=self._config.evaluation.best_goal == "max")
+    def evaluate(self, publish: Callable[[], tuple[str, Callable[[], object] | None]]) -> Evaluation:
+        """Measures the weights that `publish` names: a manifest, or an offer to NAME and the call that serves it.
+
+        Where the evaluator dies, another is started, within the budget, and asked from the beginning.
+
+        Raises:
+            PartFailed, Deadline: it died too often, could not measure, or did not answer.
+        """
+        while True:
+            published, serve = publish()
+            reference = self._actor.handle.evaluate.remote(published)
+            try:
+                if serve is not None:
+                    serve()
+                scalars, value = self._supervisor.wait(
+                    [reference],
+                    [NAME],
+                    what="the evaluation",
+                    seconds=self._config.cluster.step_s,
+                    tick=self._tick,
+                )[0]
+            except PartDied as error:
+                self._start_again(error)
+                continue
+            return Evaluation(scalars, value, larger=self._config.evaluation.best_goal == "max")
+
+    def _start_again(self, error: PartDied) -> None:
+        supervisor = self._supervisor
+        supervisor.run_dir.event("evaluator_died", actor=NAME, error=str(error))
+        pause = supervisor.budget.spend(NAME)
+        if pause is None:
+            raise error
+        supervisor.others = [part for part in supervisor.others if part is not self._actor]
+        end = time.monotonic() + pause
+        while time.monotonic() < end:
+            self._tick()
+            supervisor.check()
+            time.sleep(POLL_S)
+        self._actor = self._start()
+        supervisor.others.append(self._actor)

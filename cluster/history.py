@@ -12,7 +12,7 @@ import yaml
 
 from cluster.config import Config
 from cluster.run_dir import RunDir
-from learner.commit import Commit, latest_committed, read_commit
+from learner.commit import Commit, drop_checkpoints_after, latest_committed, read_commit
 from services.errors import UserError
 from services.records import Failure
 
@@ -91,6 +91,13 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
         history.checkpoint = commit.path
         history.committed_steps = history.steps_done
     return history
+
+
+def begin_incarnation(run: RunDir, history: History) -> None:
+    """Cuts the run directory back to what the run goes on from, and notes that it does."""
+    run.cut_back(history.steps_done)
+    drop_checkpoints_after(run.path, history.steps_done)
+    run.event("start", run_id=history.run_id, incarnation=history.incarnation, step=history.steps_done)
 
 
 def _check_recipe(run: RunDir, config: Config) -> None:

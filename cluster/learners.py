@@ -6,8 +6,14 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.plan import Part
-from cluster.supervise import Running, Supervisor
+from cluster.supervise import LearnerDied, LedgerBehind, PartDied, PartFailed, Running, Supervisor
+from learner.faults import PeerLost
 from learner.worker import LearnerWorker
+from services.errors import Deadline
+from services.stream.errors import LedgerError
+
+TELL_S = 10.0
+"""Seconds in which a rank that took its peers' work with it turns out to be gone."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,25 @@ class LearnerGroup:
         """Calls a method on every rank and returns rank 0's answer.
 
         Raises:
-            Deadline, PartFailed: names the rank.
+            LearnerDied: a rank died, lost its peers, or did not answer in time; names it.
+            LedgerBehind: the ledger no longer has what the ranks were to train on.
+            PartFailed, UserError: what a rank said of its work, which another try would say again.
         """
         references = [getattr(rank.handle, method).remote(*args) for rank in self.ranks]
         names = [rank.name for rank in self.ranks]
-        return self.supervisor.wait(references, names, what=what, seconds=seconds, tick=self.tick)[0]
+        try:
+            return self.supervisor.wait(references, names, what=what, seconds=seconds, tick=self.tick)[0]
+        except Deadline as late:
+            raise LearnerDied(str(late)) from late
+        except PartDied as died:
+            raise LearnerDied(str(died)) from died
+        except PartFailed as failed:
+            if isinstance(failed.__cause__, LedgerError):
+                raise LedgerBehind(str(failed)) from failed
+            if isinstance(failed.__cause__, PeerLost):
+                dead = self.supervisor.dead_among(self.ranks, TELL_S)
+                raise LearnerDied(f"{dead[0]} died" if dead else str(failed)) from failed
+            raise
 
 
 def learner_environment(config: Config) -> dict[str, str]:

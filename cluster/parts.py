@@ -2,73 +2,103 @@
 
 import math
 import secrets
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from cluster.config import Config
 from cluster.plan import Part, model_part
 from cluster.reward_actors import RewardActor, ScoringActor
-from cluster.supervise import Running, Supervisor
+from cluster.supervise import POLL_S, Kept, Running, Supervisor
 from reward_server.model_actor import ModelActor
 from reward_server.placement import model_spec, placed_models
 from reward_server.runner import ModelSpec
 from rollout.worker import RolloutWorker
+from services.errors import Deadline
 
 THIN = {"OMP_NUM_THREADS": "1"}
 
 
-def start_rewards(
-    supervisor: Supervisor,
-    parts: Mapping[str, Part],
-    config: Config,
-    stream_url: str,
-    run_id: str,
-    tick: Callable[[], None],
-) -> None:
-    """Starts the run's reward server, with a token of its own, and the workers that bring it the samples.
+class RewardParts:
+    """The run's reward server, with a token of its own, and the workers that bring it the samples, each kept up.
 
-    Where the recipe names a server (`reward.url`), the workers go to that one and none is started.
+    Where the recipe names a server (`reward.url`), the workers go to that one and none is started. A server that was
+    started again stands elsewhere: its workers are told where.
     """
-    url, token = config.reward.worker.url, config.reward.worker_token()
-    if url is None:
-        token = secrets.token_hex(32)
+
+    def __init__(
+        self, supervisor: Supervisor, parts: Mapping[str, Part], config: Config, stream_url: str, run_id: str
+    ) -> None:
+        """Begins to start them; `wait` returns when they are up."""
+        self._supervisor = supervisor
+        self._part = parts["scoring_worker"]
+        self._config = config
+        self._stream_url = stream_url
+        self._run_id = run_id
+        self._workers: list[Kept] = []
+        self._url, self._token = config.reward.worker.url, config.reward.worker_token()
+        if self._url is not None:
+            self._serve_at(self._url)
+            return
+        self._token = secrets.token_hex(32)
         models = {
             name: _model_actors(supervisor, parts[model_part(name)], model_spec(name, source), source.threads)
             for name, source in placed_models(config.reward).items()
         }
-        server = supervisor.actor(
-            RewardActor,
-            parts["reward_server"],
-            THIN,
-            config.reward,
-            token=token,
-            models=models,
-            load_s=config.cluster.start_s,
-        )
-        url = supervisor.wait(
-            [server.start.remote()],
-            ["reward server"],
-            what="the reward server to start",
-            seconds=config.cluster.start_s,
-            tick=tick,
-        )[0]
-        supervisor.others.append(Running("reward server", server))
-    for index in range(parts["scoring_worker"].count):
-        name = f"scoring-{index}"
-        worker = supervisor.actor(
+
+        def start() -> Running:
+            server = supervisor.actor(
+                RewardActor,
+                parts["reward_server"],
+                THIN,
+                config.reward,
+                token=self._token,
+                models=models,
+                load_s=config.cluster.start_s,
+            )
+            return Running("reward server", server, up=server.start.remote())
+
+        supervisor.keep(Kept("reward_server", parts["reward_server"], start, on_up=self._serve_at))
+
+    def wait(self, seconds: float, tick: Callable[[], None]) -> None:
+        """Returns when there is a server and its workers were started.
+
+        Raises:
+            Deadline, PartFailed, UserError: there is none, and why.
+        """
+        end = time.monotonic() + seconds
+        while not self._workers:
+            if time.monotonic() > end:
+                raise Deadline(waited_for="the reward server to start", who="reward server", seconds=seconds)
+            tick()
+            self._supervisor.check()
+            time.sleep(POLL_S)
+
+    def _serve_at(self, url: str) -> None:
+        self._url = url
+        for kept in self._workers:
+            if kept.now is not None:
+                kept.now.handle.point_to.remote(url, self._token)
+        for index in range(self._part.count if not self._workers else 0):
+            kept = Kept("scoring_worker", self._part, partial(self._start_worker, f"scoring-{index}"))
+            self._workers.append(self._supervisor.keep(kept))
+
+    def _start_worker(self, name: str) -> Running:
+        worker = self._supervisor.actor(
             ScoringActor,
-            parts["scoring_worker"],
+            self._part,
             THIN,
-            config.reward,
-            url=url,
-            token=token,
-            stream_url=stream_url,
-            run_id=run_id,
-            min_ok=config.min_ok_samples,
+            self._config.reward,
+            url=self._url,
+            token=self._token,
+            stream_url=self._stream_url,
+            run_id=self._run_id,
+            min_ok=self._config.min_ok_samples,
             name=name,
-            stream=config.stream,
+            stream=self._config.stream,
         )
-        supervisor.services.append(Running(name, worker, worker.run.remote()))
+        return Running(name, worker, worker.run.remote())
 
 
 def _model_actors(supervisor: Supervisor, part: Part, spec: ModelSpec, threads: int | None) -> list[Any]:
@@ -92,7 +122,10 @@ def start_rollouts(
     stream_url: str,
     run_id: str,
 ) -> None:
-    """Starts the rollout actors. They build their engines at once and are leased nothing until the gate is opened."""
+    """Starts the rollout actors. They build their engines at once and are leased nothing until the gate is opened.
+
+    `part` may have fewer than the recipe: the others are started when the cluster has room for them.
+    """
     environment = {"OMP_NUM_THREADS": str(config.rollout.threads), "TOKENIZERS_PARALLELISM": "false"}
 
     def start(owner: str) -> Running:
@@ -112,15 +145,31 @@ def start_rollouts(
         handle = supervisor.actor(RolloutWorker, part, environment, **arguments)
         return Running(owner, handle, handle.run.remote())
 
-    supervisor.start_rollouts(part.count, start)
+    supervisor.start_rollouts(part, start, missing=config.rollout.actors - part.count)
 
 
 def wait_for_rollouts(supervisor: Supervisor, seconds: float, tick: Callable[[], None]) -> None:
-    """Returns once every rollout actor has built its engine: a model that cannot be loaded is met here."""
-    supervisor.wait(
-        [rollout.handle.ready.remote() for rollout in supervisor.rollouts],
-        [rollout.name for rollout in supervisor.rollouts],
-        what="the rollout actors to build their engines",
-        seconds=seconds,
-        tick=tick,
-    )
+    """Returns once there is a rollout actor and all that run have built their engines.
+
+    Raises:
+        Deadline: names those that have not.
+        PartFailed, UserError: a model that cannot be loaded is met here.
+    """
+    asked: dict[str, Any] = {}
+    end = time.monotonic() + seconds
+    while True:
+        rollouts = supervisor.rollouts
+        for part in rollouts:
+            if part.name not in asked:
+                asked[part.name] = part.handle.ready.remote()
+        waiting = [asked[part.name] for part in rollouts]
+        done = supervisor.ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)[0] if waiting else []
+        tick()
+        supervisor.check()  # raises what the engine of one that failed said
+        if rollouts and len(done) == len(waiting) and supervisor.rollouts == rollouts:
+            return
+        if time.monotonic() > end:
+            late = [part.name for part in rollouts if asked[part.name] not in done] or ["the rollout actors"]
+            raise Deadline(waited_for="the rollout actors to build their engines", who=", ".join(late), seconds=seconds)
+        if not waiting:
+            time.sleep(POLL_S)

@@ -4,7 +4,7 @@ Fault of others that this avoids: a placement that can never fit and waits for e
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.config import Config
 from reward_server.placement import placed_models
@@ -80,6 +80,34 @@ def place(parts: Sequence[Part], nodes: Sequence[Node]) -> dict[str, list[str]]:
             else:
                 raise PlanError(_missing(part, index, parts, nodes))
     return placed
+
+
+def fitting(config: Config, nodes: Sequence[Node]) -> dict[str, Part]:
+    """The plan, with fewer rollout actors and then fewer learner ranks where that is what the nodes hold.
+
+    Raises:
+        PlanError: not even `rollout.min_actors` and `learner.min_ranks` of them fit.
+    """
+    parts = parts_of(config)
+    rollouts, ranks = parts["rollout"].count, parts["learner"].count
+    fewest = config.rollout.min_actors or rollouts
+    tried = [(ranks, count) for count in range(rollouts, fewest - 1, -1)]
+    tried += [(count, fewest) for count in range(ranks - 1, (config.learner.min_ranks or ranks) - 1, -1)]
+    failed: PlanError | None = None
+    for learner, rollout in tried:
+        plan = {
+            **parts,
+            "learner": replace(parts["learner"], count=learner),
+            "rollout": replace(parts["rollout"], count=rollout),
+        }
+        try:
+            place(list(plan.values()), nodes)
+        except PlanError as error:
+            failed = failed or error  # of the whole plan: it says what was asked for
+            continue
+        return plan
+    assert failed is not None
+    raise failed
 
 
 def _missing(part: Part, index: int, parts: Sequence[Part], nodes: Sequence[Node]) -> str:

@@ -44,6 +44,12 @@ class RunProgress:
     def phase(self, text: str) -> None:
         self._progress.update(self._task, phase=text)
 
+    def back_to(self, steps: int) -> None:
+        """The run goes on from an earlier commit of `steps` steps."""
+        self._progress.update(self._task, completed=steps)
+        if not self._console.is_terminal:
+            self._console.print(f"going on from the commit of step {steps}", soft_wrap=True, highlight=False)
+
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows the figures of step `step`, counted from 0."""
         figures = "  ".join(f"{name} {form.format(metrics[key])}" for name, key, form in SHOWN if key in metrics)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import httpx
+
 from reward_server.client import RewardClient
 from reward_server.config import RewardSection
 from reward_server.model_actor import ActorReplica
@@ -17,6 +19,9 @@ from reward_server.worker import ScoringWorker
 from services.errors import UserError
 from services.stream.config import StreamSection
 from services.stream.ledger import open_ledger
+
+LIVE_S = 10.0
+"""Seconds in which a reward server that lives says so."""
 
 
 class RewardActor(RewardServer):
@@ -49,6 +54,14 @@ class RewardActor(RewardServer):
                 raise cause from None
             raise
 
+    async def pulse(self) -> tuple[int, bool]:
+        """That it serves: it is asked for its own liveness, as others would ask. Until it does, it has work."""
+        if self._url is None:
+            return 0, True
+        async with httpx.AsyncClient(trust_env=False, timeout=LIVE_S) as client:
+            (await client.get(f"{self._url}/livez")).raise_for_status()
+        return 0, False
+
 
 class ScoringActor:
     """What a scoring worker's process holds: a client of the reward server, a connection to the ledger, the loop."""
@@ -66,11 +79,30 @@ class ScoringActor:
         stream: StreamSection,
     ) -> None:
         client = RewardClient(url, token, section.worker.timeout_s)
+        self._clients = [client]
+        self._timeout_s = section.worker.timeout_s
         ledger = open_ledger(stream_url, run_id, stream)
         self._worker = ScoringWorker(ledger, client, section.worker, min_ok, consumer=name)
 
     async def run(self) -> None:
-        await self._worker.run()
+        """Works until `stop`, and closes its connections."""
+        try:
+            await self._worker.run()
+        finally:
+            for client in self._clients:
+                await client.close()
+
+    async def stop(self) -> None:
+        self._worker.stop()
+
+    async def point_to(self, url: str, token: str) -> None:
+        """The reward server was started again, elsewhere: from the next try on, it is asked there."""
+        self._clients.append(RewardClient(url, token, self._timeout_s))  # a try may still be under way with the old one
+        self._worker.use(self._clients[-1])
+
+    async def pulse(self) -> tuple[int, bool]:
+        """Groups read and answered, and whether it has some at hand; an outage has a deadline of its own."""
+        return self._worker.progress()
 
     async def counters(self) -> dict[str, int]:
         """Groups and samples so far, and failures by code."""

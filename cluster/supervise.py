@@ -1,7 +1,10 @@
-"""The actors of a run: started by the plan, watched while the driver waits, replaced or reported when they die.
+"""The actors of a run: started by the plan, watched while the driver waits, started again or reported when they die.
 
-Rollout actors are replaced, up to `cluster.restarts`, and their leases pass on. Anything else that dies ends the run
-with its name and its error; the last commit stays valid and `--resume auto` goes on from it.
+Rollout actors, scoring workers and the reward server are kept up: what dies, or stands still past its deadline, is
+started again after a pause, within the budget of `cluster.restarts`; leases and unfinished groups pass on. A dead
+learner rank is raised as `LearnerDied`: the run goes back to its last commit (`cluster.training`). Models that score
+are started again by Ray, the evaluator by who asks it. What a part says on purpose (a user's mistake, a reward server
+that refuses the samples) ends the run with its words; so does what dies once too often.
 """
 
 import logging
@@ -11,27 +14,46 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.plan import Part
+from cluster.pulse import Pulse
 from cluster.ray_runtime import wait_all
+from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
+from reward_server.worker import ScoringOutage, ScoringRefused
 from services.errors import Deadline, UserError
 from services.stream.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+END_S = 30.0
+"""Seconds for a process that was killed to be gone."""
+
+SAID_ON_PURPOSE = (UserError, ScoringOutage, ScoringRefused)
+"""What a part ends with that ends the run: another try says the same."""
 
 
 class PartFailed(Exception):  # noqa: N818 - reads as what it says where it is raised
     """A part of the run died, or ended before it should have: named, with its own error."""
 
 
-def part_failed(name: str, error: BaseException) -> Exception:
-    """The error to end the run with: the part's own where the user can mend it, else one that names the part."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, UserError):
-        return cause
-    lines = str(cause).strip().splitlines() or [""]
-    return PartFailed(f"{name} failed: {type(cause).__name__}: {lines[0]}")
+class PartDied(PartFailed):
+    """Its process is gone: nothing is said about its work."""
+
+
+class GoBack(PartFailed):
+    """The run can go on, but only from its last commit. `kind` is whose restarts it counts among."""
+
+    kind = "learner"
+
+
+class LearnerDied(GoBack):
+    """A rank of the learner is gone, or did not answer."""
+
+
+class LedgerBehind(GoBack):
+    """The ledger has lost what this run wrote to it."""
+
+    kind = "ledger"
 
 
 @dataclass
@@ -41,24 +63,47 @@ class Running:
     name: str
     handle: Any
     running: Any = None
+    up: Any = None
+    """The reference of the call that brings it up, where there is one; its result goes to `Kept.on_up`."""
+    pulse: Pulse = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pulse = Pulse(self.handle, moved=time.monotonic())
+
+
+@dataclass
+class Kept:
+    """A part that is kept up. `now` is None between a death and the next start, which is at `due`."""
+
+    kind: str
+    part: Part
+    start: Callable[[], Running]
+    on_death: Callable[[Running], dict[str, Any]] = lambda _: {}
+    """What is to be done when it has died; what it returns goes into the event."""
+    on_up: Callable[[Any], None] = lambda _: None
+    now: Running | None = None
+    due: float = 0.0
 
 
 @dataclass
 class Supervisor:
-    """Holds every actor of a run. `check` is called between two waits of the driver."""
+    """Holds every actor of a run. `check` is called between two waits of the driver.
+
+    `progress_s` is the longest that a part with work may stand still.
+    """
 
     ray: Any
     run_dir: RunDir
     ledger: Ledger
-    restarts_left: int
-    start_s: float
-    services: list[Running] = field(default_factory=list)
-    rollouts: list[Running] = field(default_factory=list)
+    budget: RestartBudget
+    progress_s: float
+    kept: list[Kept] = field(default_factory=list)
     learners: list[Running] = field(default_factory=list)
     others: list[Running] = field(default_factory=list)
     on_death: Callable[[str], None] | None = None
-    """Told the name of every rollout actor that has died, before it is replaced."""
-    _start_rollout: Callable[[str], Running] | None = None
+    """Told the name of every rollout actor that has died, before another is started."""
+    watch: Callable[[], None] | None = None
+    """Called at each `check`: raises where what is no actor (Redis) has gone for good."""
     _rollouts_ever: int = 0
 
     def actor(self, cls: type, part: Part, env: Mapping[str, str], *args: Any, **kwargs: Any) -> Any:
@@ -70,59 +115,179 @@ class Supervisor:
         }
         return self.ray.remote(cls).options(**options).remote(*args, **kwargs)
 
-    def start_rollouts(self, count: int, start: Callable[[str], Running]) -> None:
-        self._start_rollout = start
-        for _ in range(count):
-            self.rollouts.append(start(self._next_owner()))
+    def keep(self, kept: Kept, *, missing: bool = False) -> Kept:
+        """Starts a part that is kept up from now on; where it is `missing`, once the cluster has room for it."""
+        if not missing:
+            kept.now = kept.start()
+        self.kept.append(kept)
+        return kept
 
-    def _next_owner(self) -> str:
-        self._rollouts_ever += 1
-        return f"rollout-{self._rollouts_ever - 1}"
+    def start_rollouts(self, part: Part, start: Callable[[str], Running], missing: int = 0) -> None:
+        """`part.count` rollout actors, and `missing` more when there is room."""
+
+        def start_next() -> Running:
+            self._rollouts_ever += 1
+            return start(f"rollout-{self._rollouts_ever - 1}")
+
+        for index in range(part.count + missing):
+            self.keep(Kept("rollout", part, start_next, self._release), missing=index >= part.count)
+
+    @property
+    def rollouts(self) -> list[Running]:
+        return [kept.now for kept in self.kept if kept.kind == "rollout" and kept.now is not None]
+
+    def _release(self, part: Running) -> dict[str, Any]:
+        released = self.ledger.release(part.name)
+        if self.on_death is not None:
+            self.on_death(part.name)
+        return {"released": len(released)}
+
+    # Watching
 
     def check(self) -> None:
-        """Looks at every part; replaces rollout actors that died.
+        """Looks at every part; starts again what died, or stands still.
 
         Raises:
-            PartFailed, UserError: a part died that is not replaced, or too many rollout actors did.
+            PartFailed, UserError: a part that has died too often, or ended on purpose.
+            LearnerDied: a rank is gone; nothing else was waiting for it.
         """
-        references = [part.running for part in [*self.services, *self.rollouts] if part.running is not None]
-        if not references:
-            return
-        done, _ = self.ray.wait(references, num_returns=len(references), timeout=0)
-        for part in self.services:
+        now = time.monotonic()
+        if self.watch is not None:
+            self.watch()
+        up = [kept for kept in self.kept if kept.now is not None]
+        watched = [part for kept in up if (part := kept.now) is not None] + self.others + self.learners
+        for part in watched:
+            part.pulse.ask(now)
+        references = [part.pulse.reference for part in watched if part.pulse.reference is not None]
+        for kept in up:
+            references += [ref for ref in (kept.now.running, kept.now.up) if ref is not None] if kept.now else []
+        if references:
+            done, _ = self.ray.wait(references, num_returns=len(references), timeout=0)
+            self._look(up, set(done), now)
+        for kept in self.kept:
+            if kept.now is None and now >= kept.due:
+                self._start_again(kept, now)
+
+    def _look(self, up: Sequence[Kept], done: set[Any], now: float) -> None:
+        for kept in up:
+            part = kept.now
+            if part is None:
+                continue
             if part.running in done:
-                raise self._outcome(part)
-        for part in [part for part in self.rollouts if part.running in done]:
-            self._replace(part, self._outcome(part))
+                self._lost(kept, self._outcome(part))
+            elif part.up in done:
+                self._came_up(kept, part)
+            elif (error := self._listen(part, done, now)) is not None:
+                self._lost(kept, error)
+            elif part.pulse.still_s(now) > self.progress_s:
+                still = f"made no progress for {self.progress_s:.0f} s (cluster.progress_s)"
+                self._give_up(kept, part, still)
+        for part in list(self.others):
+            if isinstance(error := self._listen(part, done, now), PartDied):
+                self._other_died(part, error)
+        for part in self.learners:
+            if isinstance(error := self._listen(part, done, now), PartDied):
+                raise LearnerDied(str(error))
+
+    def _came_up(self, kept: Kept, part: Running) -> None:
+        reference, part.up = part.up, None
+        try:
+            result = self.ray.get(reference)
+        except Exception as error:  # whatever it could not come up for
+            self._lost(kept, self.part_failed(part.name, error))
+            return
+        kept.on_up(result)
+
+    def _listen(self, part: Running, done: set[Any], now: float) -> Exception | None:
+        if part.pulse.reference not in done:
+            return None
+        try:
+            part.pulse.heard(self.ray.get(part.pulse.reference), now)
+        except Exception as error:  # whatever ended the actor
+            part.pulse.reference = None
+            return self.part_failed(part.name, error)
+        return None
+
+    def _other_died(self, part: Running, error: Exception) -> None:
+        """A model's replica, which Ray starts again, or has given up; or the evaluator."""
+        try:
+            self.ray.get(part.handle.pulse.remote(), timeout=0)
+        except self.ray.exceptions.ActorDiedError:
+            self.others.remove(part)
+        except Exception as unsettled:  # it is coming up again, or will be asked again
+            log.debug("%s: %s", part.name, unsettled)
+        self.run_dir.event("part_died", actor=part.name, error=str(error))
+        log.warning("%s", error)
 
     def _outcome(self, part: Running) -> Exception:
         try:
             self.ray.get(part.running)
         except Exception as error:  # whatever ended the actor
-            return part_failed(part.name, error)
+            return self.part_failed(part.name, error)
         return PartFailed(f"{part.name} ended before the run did")
 
+    def part_failed(self, name: str, error: BaseException) -> Exception:
+        """The error to end the run with: the part's own where the user can mend it, else one that names the part."""
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, UserError):
+            return cause
+        lines = str(cause).strip().splitlines() or [""]
+        died = isinstance(error, self.ray.exceptions.RayActorError)
+        failed = (PartDied if died else PartFailed)(f"{name} failed: {type(cause).__name__}: {lines[0]}")
+        failed.__cause__ = cause
+        return failed
+
+    # Starting again
+
     def give_up(self, name: str, why: str) -> None:
-        """Ends a rollout actor that lives and does not answer, and replaces it; nothing where it is gone already.
+        """Ends a part that lives and does not answer, and starts it again; nothing where it is gone already.
 
         Raises:
             PartFailed: there were too many.
         """
-        for part in [part for part in self.rollouts if part.name == name]:
-            self.ray.kill(part.handle, no_restart=True)
-            self._replace(part, PartFailed(f"{name} failed: {why}"))
+        for kept in self.kept:
+            if kept.now is not None and kept.now.name == name:
+                self._give_up(kept, kept.now, why)
 
-    def _replace(self, part: Running, error: Exception) -> None:
-        released = self.ledger.release(part.name)
-        self.run_dir.event("rollout_died", actor=part.name, error=str(error), released=len(released))
-        self.rollouts.remove(part)
-        if self.on_death is not None:
-            self.on_death(part.name)
-        if self.restarts_left == 0 or self._start_rollout is None or isinstance(error, UserError):
+    def _give_up(self, kept: Kept, part: Running, why: str) -> None:
+        self.ray.kill(part.handle, no_restart=True)
+        self._lost(kept, PartDied(f"{part.name} failed: {why}"))
+
+    def _lost(self, kept: Kept, error: Exception) -> None:
+        part = kept.now
+        assert part is not None
+        kept.now = None
+        more = kept.on_death(part)
+        self.run_dir.event(f"{kept.kind}_died", actor=part.name, error=str(error), **more)
+        try:
+            self.ray.kill(part.handle, no_restart=True)  # where its work ended and its process did not
+        except Exception as gone:
+            log.debug("%s: %s", part.name, gone)
+        cause = error.__cause__ or error
+        pause = None if isinstance(cause, SAID_ON_PURPOSE) else self.budget.spend(kept.kind)
+        if pause is None:
             raise error
-        self.restarts_left -= 1
-        log.warning("%s; replaced, %d replacements left", error, self.restarts_left)
-        self.rollouts.append(self._start_rollout(self._next_owner()))
+        log.warning("%s; started again in %.1f s, %d more times", error, pause, self.budget.left(kept.kind))
+        kept.due = time.monotonic() + pause
+
+    def _start_again(self, kept: Kept, now: float) -> None:
+        if not self._has_room(kept.part):
+            if kept.due:  # said once
+                log.warning("the cluster has no room for %s now: the run goes on without", kept.part.name)
+                self.run_dir.event("part_missing", part=kept.part.name)
+            kept.due = 0.0
+            return
+        kept.now = kept.start()
+        self.run_dir.event("part_started", actor=kept.now.name)
+        kept.now.pulse.moved = now
+
+    def _has_room(self, part: Part) -> bool:
+        """Whether what Ray has free holds one of the part: one that it cannot place would look like a stuck one."""
+        free = self.ray.available_resources()
+        need = {"CPU": part.cpus, "GPU": part.gpus, "memory": part.memory_gb * 2**30}
+        return all(free.get(name, 0.0) + 1e-9 >= amount for name, amount in need.items())
+
+    # Waiting
 
     def wait(
         self, references: Sequence[Any], who: Sequence[str], *, what: str, seconds: float, tick: Callable[[], None]
@@ -141,7 +306,7 @@ class Supervisor:
                 try:
                     self.ray.get(reference)
                 except Exception as error:  # whatever the call raised, over there
-                    raise part_failed(who[list(references).index(reference)], error) from error
+                    raise self.part_failed(who[list(references).index(reference)], error) from error
             tick()
             self.check()
             if time.monotonic() > end and pending:
@@ -151,21 +316,63 @@ class Supervisor:
 
     def rollout_counters(self) -> list[dict[str, float]]:
         """The counters of the rollout actors that answer within a second; watching never stops the run."""
+        rollouts = self.rollouts
         try:
             return wait_all(
                 self.ray,
-                [part.handle.counters.remote() for part in self.rollouts],
+                [part.handle.counters.remote() for part in rollouts],
                 seconds=5.0,
                 what="counters",
-                who=[part.name for part in self.rollouts],
+                who=[part.name for part in rollouts],
             )
         except Exception as error:  # invariant 10
             log.warning("rollout counters are missing: %s", error)
             return []
 
+    # Ending
+
+    def dead_among(self, parts: Sequence[Running], seconds: float) -> list[str]:
+        """The names of those whose process turns out to be gone within some seconds; returns at the first."""
+        asked = {part.name: part.handle.pulse.remote() for part in parts}
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            done, _ = self.ray.wait(list(asked.values()), num_returns=len(asked), timeout=POLL_S)
+            dead = [name for name, reference in asked.items() if reference in done and self._is_dead(reference)]
+            if dead or len(done) == len(asked):
+                return dead
+        return []
+
+    def _is_dead(self, reference: Any) -> bool:
+        try:
+            self.ray.get(reference)
+        except self.ray.exceptions.RayActorError:
+            return True
+        except Exception as error:
+            log.debug("alive: %s", error)
+        return False
+
+    def stop_learners(self) -> None:
+        """Ends every rank and returns when their processes are gone: two groups must not write one directory.
+
+        Raises:
+            Deadline: one lives on.
+        """
+        ranks, self.learners = self.learners, []
+        for part in ranks:
+            self.ray.kill(part.handle, no_restart=True)
+        end = time.monotonic() + END_S
+        left = list(ranks)
+        while left:
+            left = [part for part in left if not self.dead_among([part], POLL_S)]
+            if left and time.monotonic() > end:
+                raise Deadline(
+                    waited_for="the learner's ranks to end", who=", ".join(part.name for part in left), seconds=END_S
+                )
+
     def stop(self) -> None:
         """Ends every actor."""
-        for part in [*self.rollouts, *self.services, *self.others, *self.learners]:
+        kept = [part.now for part in self.kept if part.now is not None]
+        for part in [*kept, *self.others, *self.learners]:
             try:
                 self.ray.kill(part.handle, no_restart=True)
             except Exception as error:  # it may be dead already

@@ -3,7 +3,8 @@
     batch (scored groups in lease order) -> learner -> weights -> gate -> metrics -> evaluation -> commit
 
 The driver decides when; the parts do the work. It holds no state that a restart would miss: what is trained stands in
-the committed manifest, what is under way in the ledger.
+the committed manifest, what is under way in the ledger. So a learner that lost a rank is started again inside the run:
+the run goes back to its last commit, under a new incarnation, by the very steps of a start with `--resume auto`.
 
 The order of a commit: every rank writes its part, the manifest and COMMITTED follow, then the ledger is told. A crash
 between any two of these leaves either the old commit or the new one as the truth.
@@ -12,30 +13,31 @@ between any two of these leaves either the old commit or the new one as the trut
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from cluster.batches import Batches
 from cluster.config import Config
 from cluster.evaluator import NAME as EVALUATOR
-from cluster.evaluator import Evaluation, Evaluator
-from cluster.feed import Feed
-from cluster.history import History
-from cluster.learners import LearnerGroup, start_learners
-from cluster.parts import start_rewards, start_rollouts, wait_for_rollouts
-from cluster.plan import parts_of
+from cluster.evaluator import Evaluator
+from cluster.history import History, begin_incarnation, open_history
+from cluster.learners import start_learners
+from cluster.parts import RewardParts, start_rollouts, wait_for_rollouts
+from cluster.plan import Part, fitting, nodes_of_ray
 from cluster.progress import RunProgress
 from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
 from cluster.summary import write_summary
-from cluster.supervise import POLL_S, Supervisor
+from cluster.supervise import POLL_S, GoBack, LearnerDied, Supervisor
 from cluster.training_data import TrainingData
 from cluster.weight_rounds import WeightRounds
 from learner.commit import begin_checkpoint, commit_checkpoint, prune_checkpoints
-from services.errors import Deadline
+from services.errors import PlanError
 from services.records import Group, PolicyVersion
 from services.stream.ledger import Ledger
 from services.telemetry import Telemetry
@@ -45,9 +47,6 @@ log = logging.getLogger(__name__)
 
 KEEP_VERSIONS = 2
 """Published sets of weights that are kept: the newest, and the one that an actor may still be reading."""
-
-FAILURE_SLACK = 2
-"""Batches of prompts with their payload in the ledger beyond the admission limit, to stand in for failed groups."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,9 @@ class Training:
         self.url = url
         self.telemetry = telemetry
         self.console = console
-        self.parts = parts_of(config)
-        self.feed = Feed(
-            data.splits.train,
-            seed=config.run.seed,
-            epochs=config.run.epochs,
-            steps=config.run.steps,
-            groups_per_step=config.run.groups_per_step,
-        )
+        self.batches = Batches(config, run, history, data, ledger)
+        self.rewards: RewardParts | None = None
+        self.evaluator: Evaluator | None = None
         self.started = time.monotonic()
         self.open_step: int | None = None
         """The step that is begun and not yet recorded."""
@@ -109,12 +103,17 @@ class Training:
         self._busy_before = 0.0
 
     def run_to_the_end(self) -> Outcome:
-        with RunProgress(self.console, self.feed.total_steps, self.history.steps_done) as self.progress:
+        with RunProgress(self.console, self.batches.feed.total_steps, self.history.steps_done) as self.progress:
             try:
-                self._start(self.config.model_dump(mode="json"))
-                while self.history.steps_done < self.feed.total_steps and self._step(self.history.steps_done):
-                    pass
-                self._finish()
+                while True:
+                    try:
+                        self._begin()
+                        while self.history.steps_done < self.batches.feed.total_steps and self._step():
+                            pass
+                        self._finish()
+                        break
+                    except GoBack as fault:
+                        self._go_back(fault)
                 stopped = None
             except Stopped as signal:
                 stopped = str(signal)
@@ -132,56 +131,97 @@ class Training:
         )
         return outcome
 
-    # Coming up
+    # Coming up, and coming up again
 
-    def _start(self, tree: dict[str, Any]) -> None:
-        self._reconcile()
-        tick = self._tick
-        self.progress.phase("starting")
-        # The rollout actors come up beside the learner: building an engine takes as long as loading the policy.
-        start_rollouts(
-            self.supervisor, self.parts["rollout"], self.config, self.data.idf_text, self.url, self.history.run_id
-        )
-        checkpoint = self.history.checkpoint
-        self.learners: LearnerGroup = start_learners(
-            self.supervisor,
-            self.parts["learner"],
-            self.config,
-            tree,
-            str(self.run.path),
-            total_steps=self.feed.total_steps,
-            resume=None if checkpoint is None else str(checkpoint),
-            tick=tick,
-        )
-        start_rewards(self.supervisor, self.parts, self.config, self.url, self.history.run_id, tick)
-        wait_for_rollouts(self.supervisor, self.config.cluster.start_s, tick)
+    def _begin(self) -> None:
+        """Brings the run to the point where the manifest stands: the ledger, the learner, the gate."""
+        self.batches.reconcile()
+        parts = self._plan()
+        if self.rewards is None:
+            self.progress.phase("starting")
+            # All come up side by side: building an engine takes as long as loading the policy.
+            start_rollouts(
+                self.supervisor, parts["rollout"], self.config, self.data.idf_text, self.url, self.history.run_id
+            )
+            self.rewards = RewardParts(self.supervisor, parts, self.config, self.url, self.history.run_id)
+        self._start_learners(parts["learner"])
+        self.rewards.wait(self.config.cluster.start_s, self._tick)
+        wait_for_rollouts(self.supervisor, self.config.cluster.start_s, self._tick)
         if self.config.cluster.weights == "collective":
             self.rounds = WeightRounds(self.supervisor, self.learners, self.ledger, self.run, self.config)
         self._open_gate(self.history.steps_done)
-        self.evaluator = (
-            Evaluator(self.supervisor, self.parts["evaluator"], self.config, self.data, tick)
-            if self.config.evaluation.every
-            else None
+        if self.evaluator is None and self.config.evaluation.every:
+            self.evaluator = Evaluator(self.supervisor, parts["evaluator"], self.config, self.data, self._tick)
+
+    def _plan(self) -> dict[str, Part]:
+        """The parts as the cluster can hold them now; after a node was lost, it is waited for.
+
+        Raises:
+            PlanError: not even as few as the recipe allows.
+        """
+        end = time.monotonic() + (self.config.cluster.start_s if self.rewards is not None else 0.0)
+        while True:
+            try:
+                return fitting(self.config, nodes_of_ray(self.supervisor.ray.nodes()))
+            except PlanError:
+                if time.monotonic() >= end:
+                    raise
+            self.progress.phase("waiting for the cluster to have room for the learner")
+            self._tick()
+            self.supervisor.check()
+            time.sleep(POLL_S)
+
+    def _start_learners(self, part: Part) -> None:
+        checkpoint = self.history.checkpoint
+        if part.count < self.config.learner.ranks:
+            log.warning("the learner goes on with %d of %d ranks", part.count, self.config.learner.ranks)
+            self.run.event("fewer_ranks", ranks=part.count, wanted=self.config.learner.ranks)
+        self.learners = start_learners(
+            self.supervisor,
+            part,
+            self.config,
+            self.config.model_dump(mode="json"),
+            str(self.run.path),
+            total_steps=self.batches.feed.total_steps,
+            resume=None if checkpoint is None else str(checkpoint),
+            tick=self._tick,
         )
 
-    def _reconcile(self) -> None:
-        """The ledger becomes the projection of the manifest, before any lease."""
-        done = sum(len(groups) for groups in self.history.steps.values()) + len(self.history.failed)
-        self.feed.register(self.ledger, done + self._window())
-        report = self.ledger.reconcile(self.history.steps, self.history.failed)
-        self.run.event("reconciled", **report)
+    def _go_back(self, fault: GoBack) -> None:
+        """To the last commit, as a start with `--resume auto` would: the same files, cut back the same way.
 
-    def _window(self) -> int:
-        return (self.config.run.max_staleness + 1 + FAILURE_SLACK) * self.config.run.groups_per_step
+        Raises:
+            GoBack: the fault, where it came once too often.
+        """
+        self.open_step = None
+        self.rounds = None
+        self.history = open_history(self.run, self.config, "auto", self.history.run_id)
+        self.run.event("learner_died" if isinstance(fault, LearnerDied) else "ledger_behind", error=str(fault))
+        self.ledger.close_gate()
+        self.supervisor.stop_learners()
+        pause = self.supervisor.budget.spend(fault.kind)
+        if pause is None:
+            raise fault
+        log.warning("%s; the run goes back to step %d in %.1f s", fault, self.history.steps_done, pause)
+        self.progress.phase(f"going back to the commit of step {self.history.steps_done}")
+        end = time.monotonic() + pause
+        while time.monotonic() < end:
+            self._tick()
+            self.supervisor.check()
+            time.sleep(POLL_S)
+        begin_incarnation(self.run, self.history)
+        self.batches = Batches(self.config, self.run, self.history, self.data, self.ledger)
+        self.progress.back_to(self.history.steps_done)
 
     def _open_gate(self, step: int) -> float:
         """Publishes the learner's weights as version `step`, lets groups be leased under them; returns seconds."""
         began = time.monotonic()
         version = PolicyVersion(self.history.incarnation, step)
         self.progress.phase("publishing weights")
-        limit = self.feed.admission_limit(step, self.config.run.max_staleness)
+        limit = self.batches.limit(step)
         if self.rounds is not None:
-            self._feed_prompts(step)
+            self.batches.give_prompts(step)
+            self.batches.opened(version)
             self.rounds.publish(version, limit)
             return time.monotonic() - began
         manifest = self.learners.call(
@@ -191,8 +231,9 @@ class Training:
             what="the weights to be published",
             seconds=self.config.cluster.publish_s,
         )
-        self._feed_prompts(step)
+        self.batches.give_prompts(step)
         self.ledger.open_gate(version, manifest, limit)
+        self.batches.opened(version)
         published = sorted(self.weights_dir.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in published[:-KEEP_VERSIONS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -201,18 +242,13 @@ class Training:
     def _published(self, step: int) -> Path:
         return self.weights_dir / f"v{self.history.incarnation}_{step}"
 
-    def _feed_prompts(self, step: int) -> None:
-        done = sum(len(groups) for groups in self.history.steps.values()) + len(self.history.failed)
-        self.feed.register(self.ledger, done + self._window())
-        if step < self.feed.total_steps:
-            self.feed.top_up(self.ledger, self._window())
-
     # One step
 
-    def _step(self, step: int) -> bool:
+    def _step(self) -> bool:
         """One step; False where the prompts are used up."""
+        step = self.history.steps_done
         began = time.monotonic()
-        groups = self._wait_for_batch(step)
+        groups = self.batches.wait(step, self._between_waits, self.progress.phase)
         batch_at = time.monotonic()
         if not groups:
             return False
@@ -236,55 +272,21 @@ class Training:
             self._commit()
         return True
 
-    def _wait_for_batch(self, step: int) -> list[str]:
-        """The groups of a step, in lease order; empty where none are left.
+    def _between_waits(self) -> bool:
+        """What the driver does while it waits for a batch; whether actors could not get on meanwhile."""
+        caught_up = self.rounds is not None and self._catch_up(self.rounds)
+        self._tick()
+        self.supervisor.check()
+        if not self.supervisor.rollouts:
+            self.progress.phase("waiting for a rollout actor: all are gone")
+        return caught_up
 
-        Raises:
-            Deadline: no group was generated, scored or failed for `cluster.batch_s`.
-        """
-        size = self.config.run.groups_per_step
-        oldest = step - self.config.run.max_staleness
-        last_counts: dict[str, int] = {}
-        moved = time.monotonic()
-        while True:
-            groups = self.ledger.take(step, size, final=self.feed.all_registered, oldest_step=oldest)
-            if groups is not None:
-                return groups
-            counts = self.ledger.counts()
-            if counts != last_counts:
-                if counts.get("failed") != last_counts.get("failed"):
-                    self._note_failures()
-                    self._feed_prompts(step)
-                last_counts, moved = counts, time.monotonic()
-            self.progress.phase(
-                f"waiting for the batch: {counts.get('scored', 0)} scored, {counts.get('generated', 0)} generated, "
-                f"{counts.get('leased', 0)} leased"
-            )
-            if time.monotonic() - moved > self.config.cluster.batch_s:
-                raise Deadline(
-                    waited_for=f"the batch of step {step} ({counts})",
-                    who="the rollout actors and the scoring workers",
-                    seconds=self.config.cluster.batch_s,
-                )
-            self.ledger.expire_leases()
-            if self.rounds is not None and self._catch_up(step, self.rounds):
-                moved = time.monotonic()
-            self.ledger.wait_scored(int(POLL_S * 1000))
-            self._tick()
-            self.supervisor.check()
-
-    def _catch_up(self, step: int, rounds: WeightRounds) -> bool:
+    def _catch_up(self, rounds: WeightRounds) -> bool:
         """Weights for actors that came up since they were sent; whether there were any."""
-        self.open_step = step  # a signal meanwhile must not ask the learner for a commit
+        self.open_step = self.history.steps_done  # a signal meanwhile must not ask the learner for a commit
         caught_up = rounds.catch_up()
         self.open_step = None
         return caught_up
-
-    def _note_failures(self) -> None:
-        for row in self.ledger.list("failed"):
-            if row.group_id not in self.history.failed and row.failure is not None:
-                self.history.failed[row.group_id] = row.failure
-                self.run.event("group_failed", group_id=row.group_id, failure=row.failure.kind, code=row.failure.code)
 
     def _record(
         self,
@@ -318,7 +320,7 @@ class Training:
             "incarnation": self.history.incarnation,
         }
         self._busy_before = busy
-        fetched = self.ledger.fetch(groups)
+        fetched = self.batches.fetch(groups)
         self.run.write_samples(step, fetched, result["samples"])
         if self.evaluator is not None and (step + 1) % self.config.evaluation.every == 0:
             metrics |= self._evaluate(step)
@@ -331,12 +333,14 @@ class Training:
         began = time.monotonic()
         self.progress.phase("evaluating")
         rounds = self.rounds
-        evaluation: Evaluation
-        if rounds is None:
-            evaluation = self.evaluator.evaluate(str(self._published(step + 1) / MANIFEST))
-        else:
+
+        def publish() -> tuple[str, Callable[[], object] | None]:
+            if rounds is None:
+                return str(self._published(step + 1) / MANIFEST), None
             offer = rounds.offer_to(EVALUATOR)
-            evaluation = self.evaluator.evaluate(offer.model_dump_json(), lambda: rounds.serve(offer))
+            return offer.model_dump_json(), partial(rounds.serve, offer)
+
+        evaluation = self.evaluator.evaluate(publish)
         if evaluation.better_than(self.history.best.get("value")):
             self._export(self.run.policy_best)
             self.history.best = {"value": evaluation.value, "step": step}
@@ -364,11 +368,12 @@ class Training:
             "save_checkpoint", str(partial), what=f"checkpoint step_{steps}", seconds=self.config.checkpoint.timeout_s
         )
         self.open_step = None
-        self._note_failures()
+        self.batches.note_failures()
         commit_checkpoint(partial, self.history.manifest())
         uncommitted = range(self.history.committed_steps, steps)
-        self.ledger.commit({step: self.history.steps[step] for step in uncommitted})
+        self.batches.commit({step: self.history.steps[step] for step in uncommitted})
         self.history.committed_steps = steps
+        self.supervisor.budget.committed()
         prune_checkpoints(self.run.path, self.config.checkpoint.keep)
         self.last_commit_s = time.monotonic() - began
         self.run.event("committed", step=steps)
@@ -383,7 +388,10 @@ class Training:
         if self.history.steps_done == self.history.committed_steps or left < 2 * self.last_commit_s:
             return
         self.stop.heeded = True  # the commit's own waits must not stop at it
-        self._commit()
+        try:
+            self._commit()
+        except GoBack as fault:  # the earlier commit stands
+            log.warning("the last steps are not committed: %s", fault)
 
     def _finish(self) -> None:
         if self.history.steps_done > self.history.committed_steps:

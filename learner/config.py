@@ -228,6 +228,12 @@ class LearnerSection(Section):
 
     # Ranks
     ranks: int = Field(default=2, ge=1, description="ZeRO-3 processes. 2: the least that shards, for a 2-core machine.")
+    min_ranks: int | None = Field(
+        default=None,
+        ge=1,
+        description="Fewest ranks that the run starts with, or goes on with after a rank was lost, where the cluster "
+        "has no room for all. null: all of them.",
+    )
     threads: int = Field(
         default=1, ge=1, description="CPU threads a rank. 1: results do not depend on the machine's core count."
     )
@@ -300,6 +306,8 @@ class LearnerSection(Section):
             raise ValueError(
                 f"learner.value_hidden: {self.value_hidden}, but from_reward_model has the reward model's head"
             )
+        if self.min_ranks is not None and self.min_ranks > self.ranks:
+            raise ValueError(f"learner.min_ranks: {self.min_ranks} is more than learner.ranks {self.ranks}")
         if self.kl.controller == "adaptive" and (self.kl.place == "none" or self.kl.coef == 0):
             raise ValueError("kl.controller: adaptive needs kl.place: reward or loss, and kl.coef > 0")
         return self

@@ -1,7 +1,7 @@
 """One rank of the learner. The driver runs one of these in an actor a rank and calls all of them alike.
 
-Every method but `address` is collective: it returns when all ranks have called it. Batches arrive as group ids; each
-rank fetches the groups itself, so that what is computed over the whole batch is the same on all of them.
+Every method but `address` and `pulse` is collective: it returns when all ranks have called it. Batches arrive as group
+ids; each rank fetches the groups itself, so that what is computed over the whole batch is the same on all of them.
 """
 
 import json
@@ -19,6 +19,7 @@ from learner.checkpoint_config import CheckpointSection
 from learner.config import LearnerSection
 from learner.drift import watch_attention
 from learner.engine import Engine, Reference
+from learner.faults import collective
 from learner.policy import PolicyWithValue, ValueKind, verify_head
 from learner.ppo import Rules, TrainerState, train_step
 from learner.publish import BUCKET_BYTES, Zero3Source, export, publish
@@ -70,6 +71,11 @@ class LearnerWorker:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
+    def pulse(self) -> tuple[int, bool]:
+        """That this rank answers; what it does has the deadlines of the calls."""
+        return 0, False
+
+    @collective
     def setup(
         self, master_addr: str, master_port: int, resume: str | None = None, total_steps: int | None = None
     ) -> dict[str, Any]:
@@ -98,6 +104,7 @@ class LearnerWorker:
             "updates_done": self._engine.updates_done,
         }
 
+    @collective
     def train_step(self, step: int, group_ids: Sequence[str], stream_url: str, run_id: str) -> dict[str, Any]:
         """Trains on these groups, in this order. Returns `metrics`, and `samples`: figures for the log by sample id.
 
@@ -113,10 +120,12 @@ class LearnerWorker:
         self.trainer = result.state
         return {"metrics": result.metrics, "samples": result.samples}
 
+    @collective
     def publish(self, version: tuple[int, int], directory: str) -> str:
         """Writes the policy's weights for the rollout engines; the path of their manifest."""
         return publish(self.engine, PolicyVersion(*version), directory, self._bucket_bytes)
 
+    @collective
     def offer_weights(self, version: tuple[int, int], receivers: Sequence[str]) -> str:
         """Opens a transfer of the policy's weights to these receivers; rank 0 answers with the offer, as JSON."""
         if self.rank != 0:
@@ -135,6 +144,7 @@ class LearnerWorker:
         )
         return self._sender.offer.model_dump_json()
 
+    @collective
     def send_weights(self) -> dict[str, Any]:
         """The transfer that was offered. Rank 0 answers with the report, a `services.transfer.offer.Report` as a dict.
 
@@ -146,10 +156,12 @@ class LearnerWorker:
         report = send(self.engine, Zero3Source(self.engine, self._bucket_bytes), sender)
         return {} if report is None else asdict(report)
 
+    @collective
     def save_checkpoint(self, directory: str) -> None:
         """Writes the learner's part of a checkpoint; `learner.commit.commit_checkpoint` makes it one."""
         save_checkpoint(self.engine, self.trainer, load_tokenizer(self.policy_section), directory)
 
+    @collective
     def export(self, directory: str) -> None:
         """Writes the policy as a Hugging Face model directory."""
         export(self.engine, load_tokenizer(self.policy_section), directory, self._bucket_bytes)

@@ -30,6 +30,10 @@ class ModelActor:
     def run(self, rows: Sequence[Row]) -> list[Output]:
         return self._model.run(rows)
 
+    def pulse(self) -> tuple[int, bool]:
+        """That it answers; its batches have a deadline of their own."""
+        return 0, False
+
     @cached_property
     def _model(self) -> ModelRunner:
         return load_model(self._spec)

@@ -66,6 +66,8 @@ class ScoringWorker:
         self._consumer = consumer
         self._failing_since: float | None = None
         self._stop = asyncio.Event()
+        self._at_hand = 0
+        self._steps = 0
         self.counters: Counter[str] = Counter()
         """groups_scored, groups_late, groups_failed, samples_ok, samples_failed, failed/CODE."""
 
@@ -78,12 +80,29 @@ class ScoringWorker:
         """Ends `run` soon, also out of a pause between tries; unscored groups stay in the stream."""
         self._stop.set()
 
+    def use(self, client: RewardClient) -> None:
+        """Asks another server from the next try on: the old one is gone, and so is what failed there."""
+        self._client = client
+        self._failing_since = None
+
+    def progress(self) -> tuple[int, bool]:
+        """How often it got through what it had read, and whether it has groups at hand."""
+        return self._steps, self._at_hand > 0
+
     async def step(self) -> int:
         """Reads once, scores and writes what came: the number of groups."""
+        try:
+            return await self._step()
+        finally:
+            self._at_hand = 0
+            self._steps += 1
+
+    async def _step(self) -> int:
         section = self._section
         entries = await asyncio.to_thread(
             self._ledger.read_generated, self._consumer, section.groups, section.block_ms, section.min_idle_ms
         )
+        self._at_hand = len(entries)
         if not entries:
             return 0
         items = [item for _, group in entries for item in group_items(group)]

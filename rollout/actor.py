@@ -36,6 +36,7 @@ class RolloutCounters:
     tokens: int = 0
     busy_s: float = 0.0
     renewed: int = 0
+    loads: int = 0
 
 
 async def _some_done(working: set[asyncio.Task[None]], seconds: float | None) -> set[asyncio.Task[None]]:
@@ -105,6 +106,10 @@ class RolloutLoop:
         """Ends `run` after the groups in hand."""
         self._stopping = True
 
+    def progress(self) -> tuple[int, bool]:
+        """Groups generated and sets of weights loaded, and whether the engine has work."""
+        return self.counters.groups + self.counters.loads, self._in_engine > 0
+
     async def _load(self, answer: LoadWeights) -> bool:
         """False where there is nothing to load yet: the offer is not for this actor, or its transfer broke off."""
         if is_offer(answer.path) and (answer.path == self._broken or not read_offer(answer.path).lists(self._owner)):
@@ -125,6 +130,7 @@ class RolloutLoop:
             # Removed while it was being read, because a newer version was published: the next lease names that one.
         finally:
             self._leave_engine()
+        self.counters.loads += 1
         return True
 
     async def _work(self, lease: Lease) -> None:

@@ -45,6 +45,12 @@ class RolloutSection(Section):
         ge=1,
         description="Rollout actors. Two, as many as the small machine that a first run meets has cores.",
     )
+    min_actors: int | None = Field(
+        default=None,
+        ge=1,
+        description="Fewest rollout actors that the run starts with where the cluster has no room for all; the others "
+        "join when it has. null: all of them.",
+    )
     threads: int = Field(
         default=1,
         ge=1,
@@ -117,6 +123,8 @@ class RolloutSection(Section):
                 f"top_p {self.top_p} and top_k {self.top_k} truncate the sampling distribution: set truncation to "
                 "'replay', or top_p to 1 and top_k to 0"
             )
+        if self.min_actors is not None and self.min_actors > self.actors:
+            raise ValueError(f"min_actors {self.min_actors} is more than actors {self.actors}")
         if self.keep_maps > self.samples:
             raise ValueError(f"keep_maps {self.keep_maps} is more than samples {self.samples}")
         return self

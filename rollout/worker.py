@@ -102,6 +102,12 @@ class RolloutWorker:
     async def counters(self) -> dict[str, Any]:
         return asdict((await self._built()).counters)
 
+    async def pulse(self) -> tuple[int, bool]:
+        """What it has done so far, growing; and whether it has work, of which building the engine is a part."""
+        if self._building is None or not self._building.done():
+            return 0, True
+        return self._building.result().progress()
+
     async def _built(self) -> RolloutLoop:
         if self._building is None:
             self._building = asyncio.create_task(self._build())

@@ -93,6 +93,7 @@ class Ledger:
         self._calls = Calls(client, patience_s)
         self._prefix = f"attune:{{{run_id}}}:"
         self._heard = "0-0"
+        self._recalled: set[str] = set()
 
     # ---- the driver: what there is to do
 
@@ -174,7 +175,8 @@ class Ledger:
     def read_generated(self, consumer: str, count: int, block_ms: int, min_idle_ms: int) -> list[tuple[str, Group]]:
         """Up to `count` (entry id, group) to score: those a dead worker has held for `min_idle_ms`, else new ones.
 
-        Waits up to `block_ms` for new ones, and never longer than half the client's socket timeout.
+        A consumer's first read is of what was given to it before: a worker that takes a dead one's name goes on with
+        what that one had. Waits up to `block_ms` for new ones, and never longer than half the client's socket timeout.
         """
         try:
             rows = self._read(consumer, count, block_ms, min_idle_ms)
@@ -187,6 +189,12 @@ class Ledger:
 
     def _read(self, consumer: str, count: int, block_ms: int, min_idle_ms: int) -> list[Any]:
         stream = self._key("stream:generated")
+        if consumer not in self._recalled:
+            own = ("XREADGROUP", "GROUP", SCORERS, consumer, "COUNT", count, "STREAMS", stream, "0")
+            found = self._calls.command(*own)
+            if rows := [row for row in found[0][1] if row[1]] if found else []:
+                return rows
+            self._recalled.add(consumer)
         claim = self._calls.command("XAUTOCLAIM", stream, SCORERS, consumer, min_idle_ms, "0-0", "COUNT", count)
         rows = [row for row in claim[1] if row[1]]
         if rows:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.plan import Node, Part, nodes_of_ray, parts_of, place
+from cluster.config import Config
+from cluster.plan import Node, Part, fitting, nodes_of_ray, parts_of, place
 from cluster.recipe import resolve
 from services.errors import PlanError, UserError
 
@@ -128,3 +129,28 @@ def test_only_living_nodes_count() -> None:
         {"NodeManagerHostname": "c", "Alive": True, "Resources": {"GPU": 2.0}},
     ]
     assert nodes_of_ray(rows) == [Node("a", 4, 0, 8), Node("c", 0, 2, 0)]
+
+
+def small_plan(**sections: dict[str, object]) -> Config:
+    tree = {
+        "data": {"source": "prompts.jsonl"},
+        "policy": {"model": "policy"},
+        "rollout": {"actors": 3, "min_actors": 1},
+        "learner": {"ranks": 2, "min_ranks": 1},
+        "cluster": {"rollout_cpus": 1, "learner_cpus": 1, "service_cpus": 0.1},
+    }
+    return resolve({**tree, **sections}, "test")
+
+
+@pytest.mark.parametrize(("cpus", "rollouts", "ranks"), [(5.2, 3, 2), (4.2, 2, 2), (3.2, 1, 2), (2.2, 1, 1)])
+def test_a_plan_gives_up_rollout_actors_before_ranks(cpus: float, rollouts: int, ranks: int) -> None:
+    plan = fitting(small_plan(), [Node("a", cpus, 0, 0)])
+    assert (plan["rollout"].count, plan["learner"].count) == (rollouts, ranks)
+
+
+def test_less_than_the_recipe_allows_is_refused_with_the_whole_plan() -> None:
+    with pytest.raises(PlanError, match="3 x rollout"):
+        fitting(small_plan(), [Node("a", 2.1, 0, 0)])
+    config = small_plan(rollout={"actors": 3}, learner={"ranks": 2})  # all, where the recipe says nothing
+    with pytest.raises(PlanError):
+        fitting(config, [Node("a", 4.2, 0, 0)])

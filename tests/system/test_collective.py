@@ -151,7 +151,7 @@ def test_a_rollout_actor_that_dies_in_mid_transfer_is_replaced_and_gets_the_vers
 
 
 @pytest.mark.slow
-def test_a_learner_rank_that_dies_in_mid_transfer_ends_the_run_with_its_name(
+def test_a_learner_rank_that_dies_in_mid_transfer_is_started_again_from_the_last_commit(
     start: Callable[..., Any], recipe: Recipe, tmp_path: Path, larger: Path
 ) -> None:
     run = tmp_path / "run"
@@ -161,6 +161,29 @@ def test_a_learner_rank_that_dies_in_mid_transfer_ends_the_run_with_its_name(
         learner={"ranks": 2},
         checkpoint={"every": 1},
         cluster={**COLLECTIVE, "start_s": 120, "bucket_mib": 1.0},
+    )
+    process = start("train", str(path), "--run-dir", str(run))
+    code, output = kill_in_mid_transfer(process, run, "LearnerWorker")
+    assert code == 0, output
+    assert [row["event"] for row in rows(run / "events.jsonl")].count("learner_died") == 1
+    commit = latest_committed(run).commit
+    assert commit is not None
+    groups = [group for step in commit.manifest["steps"].values() for group in step]
+    assert len(groups) == len(set(groups)) == 20
+    assert not left_of(run)
+
+
+@pytest.mark.slow
+def test_a_learner_rank_that_dies_in_mid_transfer_ends_the_run_with_its_name(
+    start: Callable[..., Any], recipe: Recipe, tmp_path: Path, larger: Path
+) -> None:
+    run = tmp_path / "run"
+    path = recipe(
+        run={"steps": 5},
+        policy={"model": str(larger)},
+        learner={"ranks": 2},
+        checkpoint={"every": 1},
+        cluster={**COLLECTIVE, "start_s": 120, "bucket_mib": 1.0, "restarts": 0},
     )
     process = start("train", str(path), "--run-dir", str(run))
     code, output = kill_in_mid_transfer(process, run, "LearnerWorker")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from learner.commit import latest_committed
@@ -87,6 +88,35 @@ def test_a_run_that_is_stopped_then_killed_goes_on_bit_for_bit(
     assert weights(run) == weights(uninterrupted)
     starts = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [event["incarnation"] for event in starts if event["event"] == "start"] == [1, 2, 3]
+
+
+def kill_actor(actor: str) -> None:
+    """Kills one actor by its class's name; the session's Ray is a child of this process, and so are its actors."""
+    found = [child for child in psutil.Process().children(recursive=True) if actor in " ".join(child.cmdline())]
+    assert found
+    random.choice(found).send_signal(signal.SIGKILL)
+
+
+def test_a_learner_that_lost_a_rank_goes_on_inside_the_run_bit_for_bit(
+    uninterrupted: Path, start: Start, recipe: Recipe, tmp_path: Path
+) -> None:
+    run = tmp_path / "bereft"
+    process = start("train", str(recipe(**TWO)), "--run-dir", str(run))
+    metrics, at_step = run / "metrics.jsonl", random.randint(3, 5)
+    end = time.monotonic() + 200
+    while time.monotonic() < end and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) >= at_step:
+            break
+        time.sleep(0.02)
+    time.sleep(random.random() * 0.3)
+    kill_actor("LearnerWorker")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [event["error"] for event in events if event["event"] == "learner_died"]
+    assert [event["incarnation"] for event in events if event["event"] == "start"] == [1, 2]
+    assert reproducible(run) == reproducible(uninterrupted)
+    assert weights(run) == weights(uninterrupted)
 
 
 @pytest.mark.slow
