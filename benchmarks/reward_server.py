@@ -340,10 +340,11 @@ def memory(pid: int) -> Generator[list[float]]:
     """Resident bytes of a process and its children, four times a second."""
     found: list[float] = []
     ended = threading.Event()
+    watched = family(pid)
 
     def watch() -> None:
         while not ended.wait(0.25):
-            found.append(float(sum(one.memory_info().rss for one in family(pid))))
+            found.append(float(sum(one.memory_info().rss for one in watched)))
 
     thread = threading.Thread(target=watch)
     thread.start()
