@@ -47,7 +47,7 @@ docs: setup  ## what is written from the code: docs/configuration-reference.md, 
 	$(BIN)/python scripts/openapi.py
 
 bench: setup  ## every benchmark, quick; the whole of one: python -m benchmarks.NAME
-	@names=$$(find benchmarks -maxdepth 1 -name '[a-z]*.py' ! -name common.py -printf '%f\n' | sed 's/\.py$$//' | sort); \
+	@names=$$(find benchmarks -maxdepth 1 -name '[a-z]*.py' ! -name common.py ! -name http_load.py -printf '%f\n' | sed 's/\.py$$//' | sort); \
 	for name in $$names; do $(BIN)/python -m benchmarks.$$name --quick $(ARGS); done
 
 clean:  ## caches of the tools (not .venv, not runs/)

@@ -45,7 +45,7 @@ def facts_of(message: Mapping[str, Any]) -> ModelFacts:
 
 def main(descriptor: int) -> None:
     """Serves one model on the socket of this number until the server is gone."""
-    # Ctrl-C and a service manager reach every process of the group; this one is needed until the server has drained.
+    # A service manager may tell every process to end; this one is needed until the server has drained.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     configure("warning")
@@ -78,7 +78,10 @@ def _listen(connection: Connection, inbox: "SimpleQueue[dict[str, Any]]") -> Non
         try:
             inbox.put(read(connection))
         except (EOFError, OSError):
-            os._exit(0)  # the server is gone, and nobody waits for what this computes
+            # The server is gone, and nobody waits for what this computes, nor for what an engine has started.
+            if os.getpgrp() == os.getpid():
+                os.killpg(0, signal.SIGKILL)
+            os._exit(0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 interpreter, and one that dies takes no other with it. A run has actors in their place (`reward_server.model_actor`)."""
 
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -99,6 +100,7 @@ class ModelProcess:
                     pass_fds=(number,),
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # standard output is the server's alone
+                    process_group=0,  # an engine may have processes of its own: all end together
                     env={**os.environ, **self._environment, "PYTHONPATH": path},
                 )
         self._connection = connection
@@ -122,8 +124,9 @@ class ModelProcess:
 
     def _end(self) -> None:
         with self._lock:
-            if self._process is not None:
-                self._process.kill()
+            if self._process is not None and self._process.returncode is None:
+                # Not waited for yet, so that the number is still its group's, dead or alive.
+                os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
 
 

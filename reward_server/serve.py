@@ -146,6 +146,7 @@ class RewardServer:
         while not server.started:
             if not thread.is_alive():
                 self._thread = None
+                self._close_models()
                 raise RuntimeError("the reward server ended while it was starting; its log says why")
             if time.monotonic() > deadline:
                 raise Deadline(waited_for="the reward server to start", who="uvicorn", seconds=START_S)
@@ -199,10 +200,13 @@ def run(
     def end(_number: int, _frame: FrameType | None) -> None:
         ended.set()
 
-    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    configure(section.log_level)
+    # While models load nothing is served: a signal ends this process at once, and they end with it.
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         url = asyncio.run(server.start())
-        configure(section.log_level)
+        for number in previous:
+            signal.signal(number, end)
         guards = [f"bearer token of {section.token_env}"] if token else []
         if section.keys_file is not None:
             guards.append(f"keys of {section.keys_file}")

@@ -35,6 +35,9 @@ class VllmModel:
             labels=(),
         )
 
+    def living(self) -> int:
+        return 1
+
     def run(self, rows: Sequence[Row]) -> list[Output]:
         from vllm import SamplingParams
 

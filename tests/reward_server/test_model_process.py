@@ -96,6 +96,20 @@ input()
         child.wait(20)
 
 
+def test_a_signal_ends_a_server_whose_models_are_still_loading() -> None:
+    program = """
+from reward_server.config import RewardSection
+from reward_server.serve import run
+run(RewardSection.model_validate({"sources": {"s": {"kind": "preference", "model": "/nowhere"}}}), port=0)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=-1) as server:
+        until(lambda: bool(psutil.Process(server.pid).children()))
+        (child,) = psutil.Process(server.pid).children()
+        server.terminate()
+        assert server.wait(20) == -signal.SIGTERM
+        child.wait(20)
+
+
 class Scripted:
     """A replica in this process that does what it is told: a number is an output, an exception is raised."""
 
