@@ -45,7 +45,7 @@ class RewardModelSection(SftSection):
         default=None,
         min_length=1,
         description="Labelled data: a file, a directory, a hub dataset, or generated:preferences, generated:ratings, "
-        "generated:principles, generated:steps by the kind.",
+        "generated:principles, generated:usual_principles, generated:steps by the kind.",
     )
     limit: int | None = Field(default=None, ge=1, description="Rows read from each file or split; null: all.")
     held_out: float = Field(

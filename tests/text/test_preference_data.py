@@ -8,7 +8,7 @@ import pytest
 
 from services.errors import UserError
 from services.scoring_format import StepRule, Turn, split_steps
-from services.text.corpora.labelled import FRAMES, GENERATED, HELD_OUT_FRAMES, generate_labelled
+from services.text.corpora.labelled import FRAMES, GENERATED, HELD_OUT_FRAMES, SELDOM, generate_labelled
 from services.text.preference_data import (
     Comparison,
     Rating,
@@ -111,6 +111,7 @@ SHAPE_OF: dict[str, Shape] = {
     "generated:preferences": "comparisons",
     "generated:ratings": "ratings",
     "generated:principles": "comparisons",
+    "generated:usual_principles": "comparisons",
     "generated:steps": "steps",
 }
 
@@ -129,8 +130,9 @@ def test_generated_records_are_records_and_the_same_every_time(source: str) -> N
             assert len(set(record.responses)) == len(record.responses)
 
 
-def test_held_out_principles_are_worded_as_none_in_training() -> None:
-    rows = [row.values for row in generate_labelled("generated:principles", 0)]
+@pytest.mark.parametrize("source", ["generated:principles", "generated:usual_principles"])
+def test_held_out_principles_are_worded_as_none_in_training(source: str) -> None:
+    rows = [row.values for row in generate_labelled(source, 0)]
     seen = {text for row in rows if row["split"] == "train" for text in row["principles"]}
     held_out = {text for row in rows if row["split"] != "train" for text in row["principles"]}
     assert len(held_out) > 20
@@ -139,3 +141,25 @@ def test_held_out_principles_are_worded_as_none_in_training() -> None:
     words = {word.strip(".") for text in seen for word in text.split()}
     assert {word.strip(".") for text in held_out for word in text.split()} <= words
     assert not set(FRAMES) & set(HELD_OUT_FRAMES)
+
+
+def test_a_pair_comes_back_with_its_principles_turned_round() -> None:
+    """What decides is the principle: of every two answers each is chosen once."""
+    rows = [row.values for row in generate_labelled("generated:principles", 0)]
+    for plain, turned in zip(rows[::2], rows[1::2], strict=True):
+        assert (plain["chosen"], plain["rejected"]) == (turned["rejected"], turned["chosen"])
+        assert plain["decided_by"] == turned["decided_by"]
+        assert plain["turned"] != turned["turned"]
+        assert plain["split"] == turned["split"]
+
+
+def test_usual_principles_lean_one_way_and_come_alone() -> None:
+    rows = [row.values for row in generate_labelled("generated:usual_principles", 0)]
+    assert all(len(row["principles"]) == 1 for row in rows)
+    assert sum(row["turned"] for row in rows) / len(rows) == pytest.approx(SELDOM, abs=0.03)
+    negations = [negates(row["principles"][0]) for row in rows]
+    assert sum(negations) / len(rows) == pytest.approx(SELDOM, abs=0.03)
+
+
+def negates(text: str) -> bool:
+    return " not " in text or text.startswith("Avoid ")

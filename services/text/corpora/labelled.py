@@ -6,7 +6,11 @@ that the accuracy of a model that scores is measured against the truth and not a
     generated:preferences  four answers in order: right, of a wrong value, to another question, of drawn letters
     generated:ratings      0.2 for words, 0.4 for this question, 0.8 for the right value, and 0.2 more for courtesy
     generated:principles   two answers that differ in brevity, courtesy, certainty and excitement, and principles; the
-                           one with the largest difference decides
+                           one with the largest difference decides. Each pair comes twice, the second time with its
+                           principles turned round, so that nothing in the answers alone is better
+    generated:usual_principles
+                           the same as people mostly ask: one principle, which names what there is to be more of, and
+                           seldom a negation; to be learnt before generated:principles (`reward_model.pretrain`)
     generated:steps        what comes next among days, months and numbers, a line a step; a line is correct if what it
                            names does come next, and neutral if it names nothing
 
@@ -87,6 +91,12 @@ CIRCLES = (
 )
 """After the last comes the first."""
 
+PAIRS = 2
+"""Pairs of answers to each question of the principles' corpora."""
+SELDOM = 0.25
+"""How often a usual principle asks for the opposite, and how often by a negation. Away from one half each says
+something alone, and a model finds the rule by way of what is usual; from even odds it has to find all of it at once."""
+
 LETTERS = "bcdfghjklmnpqrstvwxz"
 
 
@@ -123,29 +133,48 @@ def _ratings(questions: Sequence[Pair], draw: Random) -> list[dict[str, Any]]:
 def _principles(questions: Sequence[Pair], draw: Random) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for pair in questions:
-        frames = FRAMES if pair.split == "train" else HELD_OUT_FRAMES
-        for _ in range(2):
+        for _ in range(PAIRS):
             # Mostly one principle; a second one now and then, which may be about what the answers do not differ in.
             asked = draw.sample(sorted(ATTRIBUTES), draw.choice((1, 1, 1, 2)))
             answers = [draw_answer(pair.response, asked, draw) for _ in range(2)]
             turned = {name: draw.random() < 0.5 for name in asked}
-            gaps = {name: answers[0].levels[name] - answers[1].levels[name] for name in asked}
-            sizes = sorted((abs(gap) for gap in gaps.values()), reverse=True)
-            if sizes[0] == 0 or sizes.count(sizes[0]) > 1:
-                continue  # nothing decides, or two do
-            decides = max(asked, key=lambda name: abs(gaps[name]))
-            first = (gaps[decides] > 0) != turned[decides]
-            rows.append(
-                _record(
-                    pair,
-                    chosen=answers[0 if first else 1].text,
-                    rejected=answers[1 if first else 0].text,
-                    principles=[principle(name, turned[name], frames, draw) for name in asked],
-                    decided_by=decides,
-                    turned=turned[decides],
-                )
-            )
+            for turn in (False, True):
+                rows += _compared(pair, answers, {name: turned[name] != turn for name in asked}, draw)
     return rows
+
+
+def _usual_principles(questions: Sequence[Pair], draw: Random) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for pair in questions:
+        for _ in range(PAIRS):
+            name = draw.choice(sorted(ATTRIBUTES))
+            answers = [draw_answer(pair.response, [name], draw) for _ in range(2)]
+            rows += _compared(pair, answers, {name: draw.random() < SELDOM}, draw, negated=SELDOM)
+    return rows
+
+
+def _compared(
+    pair: Pair, answers: Sequence["Answer"], turned: Mapping[str, bool], draw: Random, negated: float = 0.5
+) -> list[dict[str, Any]]:
+    """The record of two answers by principles (attribute -> whether its opposite is asked for); none where nothing
+    decides, or two do."""
+    frames = FRAMES if pair.split == "train" else HELD_OUT_FRAMES
+    gaps = {name: answers[0].levels[name] - answers[1].levels[name] for name in turned}
+    sizes = sorted((abs(gap) for gap in gaps.values()), reverse=True)
+    if sizes[0] == 0 or sizes.count(sizes[0]) > 1:
+        return []
+    decides = max(gaps, key=lambda name: abs(gaps[name]))
+    first = (gaps[decides] > 0) != turned[decides]
+    return [
+        _record(
+            pair,
+            chosen=answers[0 if first else 1].text,
+            rejected=answers[1 if first else 0].text,
+            principles=[principle(name, turned[name], frames, draw, negated) for name in turned],
+            decided_by=decides,
+            turned=turned[decides],
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -172,13 +201,16 @@ def draw_answer(core: str, attributes: Sequence[str], draw: Random) -> Answer:
     return Answer(" ".join((core, *after)), {**levels, "brevity": -len(after) / 2})
 
 
-def principle(attribute: str, turned: bool, frames: Sequence[tuple[str, str]], draw: Random) -> str:
-    """A sentence that asks for an attribute, or (`turned`) for its opposite: by the opposite's word or a negation."""
+def principle(
+    attribute: str, turned: bool, frames: Sequence[tuple[str, str]], draw: Random, negated: float = 0.5
+) -> str:
+    """A sentence that asks for an attribute, or (`turned`) for its opposite: `negated` of them by a negation of the
+    contrary word."""
     words, opposites = ATTRIBUTES[attribute]
-    plain, negated = draw.choice(frames)
-    if draw.random() < 0.5:
-        return plain.format(a=draw.choice(opposites if turned else words))
-    return negated.format(a=draw.choice(words if turned else opposites))
+    plain, negation = draw.choice(frames)
+    if draw.random() < negated:
+        return negation.format(a=draw.choice(words if turned else opposites))
+    return plain.format(a=draw.choice(opposites if turned else words))
 
 
 def _steps(questions: Sequence[Pair], draw: Random) -> list[dict[str, Any]]:
@@ -222,5 +254,6 @@ GENERATED: dict[str, Callable[[Sequence[Pair], Random], list[dict[str, Any]]]] =
     "generated:preferences": _preferences,
     "generated:ratings": _ratings,
     "generated:principles": _principles,
+    "generated:usual_principles": _usual_principles,
     "generated:steps": _steps,
 }
