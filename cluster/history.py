@@ -35,12 +35,21 @@ class History:
     steps: dict[int, list[str]] = field(default_factory=dict)
     failed: dict[str, Failure] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Steps whose batch was not trained on, and why (`learner.bad_batch`)."""
     checkpoint: Path | None = None
     committed_steps: int = 0
 
     @property
     def steps_done(self) -> int:
         return len(self.steps)
+
+    def skipped_in_a_row(self) -> int:
+        """Steps at the end of what is done that were skipped, one after the other."""
+        count = 0
+        while self.steps_done - 1 - count in self.skipped:
+            count += 1
+        return count
 
     def manifest(self) -> dict[str, Any]:
         return {
@@ -51,6 +60,7 @@ class History:
             "steps": {str(step): groups for step, groups in self.steps.items()},
             "failed": {group: failure.model_dump(mode="json") for group, failure in self.failed.items()},
             "best": self.best,
+            "skipped": {str(step): why for step, why in self.skipped.items()},
         }
 
 
@@ -88,6 +98,7 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
         history.steps = {int(step): list(groups) for step, groups in manifest["steps"].items()}
         history.failed = {group: Failure.model_validate(failure) for group, failure in manifest["failed"].items()}
         history.best = dict(manifest["best"])
+        history.skipped = {int(step): why for step, why in manifest.get("skipped", {}).items()}
         history.checkpoint = commit.path
         history.committed_steps = history.steps_done
     return history

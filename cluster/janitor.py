@@ -29,7 +29,7 @@ Process = tuple[int, int]
 
 def family() -> dict[int, tuple[int, int]]:
     """Parent and start time of every process that this one may look at."""
-    found: dict[int, tuple[int, str]] = {}
+    found: dict[int, tuple[int, int]] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():
             try:

@@ -33,9 +33,10 @@ from cluster.progress import RunProgress
 from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
 from cluster.summary import write_summary
-from cluster.supervise import POLL_S, GoBack, LearnerDied, Supervisor
+from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Supervisor
 from cluster.training_data import TrainingData
 from cluster.weight_rounds import WeightRounds
+from learner.bad_batch import BadBatch
 from learner.commit import begin_checkpoint, commit_checkpoint, prune_checkpoints
 from services.errors import PlanError
 from services.records import PolicyVersion
@@ -254,23 +255,48 @@ class Training:
             return False
         self.progress.phase("training")
         self.open_step = step
-        result = self.learners.call(
-            "train_step",
-            step,
-            groups,
-            self.url,
-            self.history.run_id,
-            what=f"step {step} to train",
-            seconds=self.config.cluster.step_s,
-        )
+        result = self._train(step, groups)
         trained_at = time.monotonic()
         self.history.steps[step] = groups
+        if result["bad"] is not None:
+            self._skip(step, groups, result["bad"])
         publish_s = self._open_gate(step + 1)
         self._record(step, groups, result, began=began, batch_at=batch_at, trained_at=trained_at, publish_s=publish_s)
         self.open_step = None
         if (step + 1) % self.config.checkpoint.every == 0:
             self._commit()
         return True
+
+    def _train(self, step: int, groups: list[str]) -> dict[str, Any]:
+        try:
+            return self.learners.call(
+                "train_step",
+                step,
+                groups,
+                self.url,
+                self.history.run_id,
+                what=f"step {step} to train",
+                seconds=self.config.cluster.step_s,
+            )
+        except PartFailed as failed:
+            if isinstance(failed.__cause__, BadBatch):
+                kept = self.run.write_bad_batch(step, self.batches.fetch(groups), str(failed.__cause__))
+                self.run.event("bad_batch", step=step, why=str(failed.__cause__), action="stop", samples=str(kept))
+                raise PartFailed(f"{failed.__cause__}; its samples are in {kept}") from failed
+            raise
+
+    def _skip(self, step: int, groups: list[str], why: str) -> None:
+        """The step's batch was not trained on.
+
+        Raises:
+            PartFailed: so were too many before it.
+        """
+        self.history.skipped[step] = why
+        kept = self.run.write_bad_batch(step, self.batches.fetch(groups), why)
+        self.run.event("bad_batch", step=step, why=why, action="skip", samples=str(kept))
+        log.warning("%s; the step is skipped, its samples are in %s", why, kept)
+        if (row := self.history.skipped_in_a_row()) > self.config.learner.bad_batch.most:
+            raise PartFailed(f"{row} steps in a row are no batch to train on, the last one: {why}; samples in {kept}")
 
     def _between_waits(self) -> bool:
         """What the driver does while it waits for a batch; whether actors could not get on meanwhile."""

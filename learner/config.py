@@ -34,6 +34,31 @@ class DriftSection(Section):
     )
 
 
+class BadBatchSection(Section):
+    """What is no batch to train on, and what becomes of it. A loss or gradient that is not finite always counts."""
+
+    action: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="`stop` ends the run, with the step's number. `skip` goes on without the update (nor "
+        "those that would follow it in the step): the step is counted, named in events.jsonl and in the manifest "
+        "(`skipped`). Either way the samples are kept in `bad_batches/`.",
+    )
+    most: int = Field(default=3, ge=0, description="`skip`: steps in a row that may be skipped; one more ends the run.")
+    kl_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest KL to the reference, nats a response, mean of the batch and without its sign. null: none; "
+        "what is much depends on the length of the responses.",
+    )
+    flat_limit: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Largest share of prompts whose samples all have the same reward (metric `reward/flat_share`). "
+        "null: none; rewards that are right or wrong are often all alike.",
+    )
+
+
 class KLSection(Section):
     """The penalty for leaving the frozen reference policy."""
 
@@ -153,6 +178,10 @@ class LearnerSection(Section):
     drift: DriftSection = Field(
         default_factory=lambda: DriftSection.model_validate({}),
         description="What the rollouts recorded against what the learner computes.",
+    )
+    bad_batch: BadBatchSection = Field(
+        default_factory=lambda: BadBatchSection.model_validate({}),
+        description="Batches that must not be trained on.",
     )
     value_function: Literal["shared", "separate"] = Field(
         default="shared",

@@ -105,10 +105,12 @@ class LearnerWorker:
 
     @collective
     def train_step(self, step: int, group_ids: Sequence[str], stream_url: str, run_id: str) -> dict[str, Any]:
-        """Trains on these groups, in this order. Returns `metrics`, and `samples`: figures for the log by sample id.
+        """Trains on these groups, in this order.
+
+        Returns `metrics`; `samples`, figures for the log by sample id; `bad`, why the step was skipped, or None.
 
         Raises:
-            NonFinite: names the step; what was committed is untouched.
+            BadBatch: the recipe stops at such a batch. Names the step; what was committed is untouched.
         """
         return self.train_on(step, self._fetch(group_ids, stream_url, run_id))
 
@@ -117,7 +119,7 @@ class LearnerWorker:
         assert self._reference is not None
         result = train_step(self.engine, self._reference, groups, step, self._rules(), self.trainer, self._recorder)
         self.trainer = result.state
-        return {"metrics": result.metrics, "samples": result.samples}
+        return {"metrics": result.metrics, "samples": result.samples, "bad": result.bad}
 
     @collective
     def publish(self, version: tuple[int, int], directory: str) -> str:
