@@ -246,11 +246,13 @@ def reward_key(
     file: Annotated[Path, typer.Option(help="Keys file to append to: reward.keys_file of the server's recipe.")],
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Most requests a minute.")] = None,
     max_items: Annotated[int | None, typer.Option(min=1, help="Most items under way at a time.")] = None,
+    interventions: Annotated[bool, typer.Option("--interventions", help="It may also add interventions.")] = False,
 ) -> None:
     """Makes an API key of the reward server: prints it, once, and appends its hash to a file."""
-    from reward_server.keys import make_key
+    from reward_server.keys import Role, make_key
 
-    typer.echo(make_key(file, name, requests_per_minute=requests_per_minute, max_items=max_items))
+    role: Role = "interventions" if interventions else "score"
+    typer.echo(make_key(file, name, role=role, requests_per_minute=requests_per_minute, max_items=max_items))
 
 
 @app.command()

@@ -4,6 +4,7 @@ The committed manifest is the truth (invariant 1). It is cumulative, so that an 
 ids of every step it contains, the groups that failed and why, the best evaluation so far.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class History:
     steps: dict[int, list[str]] = field(default_factory=dict)
     failed: dict[str, Failure] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    revisions: dict[int, list[str]] = field(default_factory=dict)
+    """Those of the reward's recipe, interventions among them, by the first step that they scored."""
     skipped: dict[int, str] = field(default_factory=dict)
     """Steps whose batch was not trained on, and why (`learner.bad_batch`)."""
     checkpoint: Path | None = None
@@ -43,6 +46,14 @@ class History:
     @property
     def steps_done(self) -> int:
         return len(self.steps)
+
+    def note_revisions(self, step: int, revisions: Sequence[str]) -> bool:
+        """Under which revisions of the reward's recipe a step was scored; True where they are not the last step's."""
+        before = self.revisions[max(self.revisions)] if self.revisions else None
+        if before == list(revisions):
+            return False
+        self.revisions[step] = list(revisions)
+        return before is not None
 
     def skipped_in_a_row(self) -> int:
         """Steps at the end of what is done that were skipped, one after the other."""
@@ -60,6 +71,7 @@ class History:
             "steps": {str(step): groups for step, groups in self.steps.items()},
             "failed": {group: failure.model_dump(mode="json") for group, failure in self.failed.items()},
             "best": self.best,
+            "revisions": {str(step): revisions for step, revisions in self.revisions.items()},
             "skipped": {str(step): why for step, why in self.skipped.items()},
         }
 
@@ -98,6 +110,7 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
         history.steps = {int(step): list(groups) for step, groups in manifest["steps"].items()}
         history.failed = {group: Failure.model_validate(failure) for group, failure in manifest["failed"].items()}
         history.best = dict(manifest["best"])
+        history.revisions = {int(step): list(found) for step, found in manifest.get("revisions", {}).items()}
         history.skipped = {int(step): why for step, why in manifest.get("skipped", {}).items()}
         history.checkpoint = commit.path
         history.committed_steps = history.steps_done

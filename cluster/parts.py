@@ -43,7 +43,7 @@ class RewardParts:
             return
         self._token = secrets.token_hex(32)
         models = {
-            name: _model_actors(supervisor, parts[model_part(name)], model_spec(name, source))
+            name: _model_actors(supervisor, parts[model_part(name)], model_spec(name, source), source.threads)
             for name, source in placed_models(config.reward).items()
         }
 
@@ -101,9 +101,12 @@ class RewardParts:
         return Running(name, worker, worker.run.remote())
 
 
-def _model_actors(supervisor: Supervisor, part: Part, spec: ModelSpec) -> list[Any]:
+def _model_actors(supervisor: Supervisor, part: Part, spec: ModelSpec, threads: int | None) -> list[Any]:
     """The replicas of a source's model."""
-    environment = {"OMP_NUM_THREADS": str(max(1, math.ceil(part.cpus))), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        "OMP_NUM_THREADS": str(threads or max(1, math.ceil(part.cpus))),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     handles: list[Any] = []
     for index in range(part.count):
         handles.append(supervisor.actor(ModelActor, part, environment, spec))

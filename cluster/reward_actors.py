@@ -4,14 +4,16 @@ A module of their own: neither needs torch in its process.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import httpx
 
 from reward_server.client import RewardClient
 from reward_server.config import RewardSection
-from reward_server.model_actor import ActorRunner
-from reward_server.runner import ModelRunner
+from reward_server.model_actor import ActorReplica
+from reward_server.placement import placed_models
+from reward_server.replicas import ReplicaRunner, start_all
 from reward_server.serve import RewardServer, is_loopback
 from reward_server.worker import ScoringWorker
 from services.errors import UserError
@@ -30,11 +32,15 @@ class RewardActor(RewardServer):
     ) -> None:
         """`models`: the actors that hold each source's model; `load_s`: deadline for them to load it."""
 
-        def runners() -> dict[str, ModelRunner]:
+        def runners() -> dict[str, ReplicaRunner]:
             import ray
 
-            get: Any = ray.get
-            return {name: ActorRunner(handles, get, load_s=load_s) for name, handles in models.items()}
+            def started(name: str) -> ReplicaRunner:
+                replicas = [ActorReplica(handle, ray, load_s=load_s) for handle in models[name]]
+                return ReplicaRunner(name, replicas, restarts=placed[name].restarts)
+
+            placed = placed_models(section)
+            return start_all({name: partial(started, name) for name in models})
 
         super().__init__(section, token=token, host=_host(section), runners=runners)
 

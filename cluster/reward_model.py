@@ -78,8 +78,11 @@ def prepare(config: Config) -> Prepared:
     if section.source is None:
         raise UserError("reward_model.source: is null; it names the labelled data (docs/reward-models.md)")
     tokenizer = load_tokenizer(config.policy)
-    form = section.format(max_context_of(load_config(config.policy)))
-    splits = split_labelled(_read(config, section.source, section.limit), section.held_out, config.data.seed)
+    records = _read(config, section.source, section.limit)
+    form = section.format(
+        max_context_of(load_config(config.policy)), facts=any(record.asked.facts for record in records)
+    )
+    splits = split_labelled(records, section.held_out, config.data.seed)
     if not splits.train:
         raise UserError(f"reward_model.source: {section.source} leaves nothing to train on")
     cheap: Sequence[Labelled] = ()

@@ -32,6 +32,7 @@ from cluster.plan import Part, fitting, nodes_of_ray
 from cluster.progress import RunProgress
 from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
+from cluster.step_record import Timing, ledger_metrics, reward_revisions
 from cluster.summary import write_summary
 from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Supervisor
 from cluster.training_data import TrainingData
@@ -325,31 +326,22 @@ class Training:
         trained_at: float,
         publish_s: float,
     ) -> None:
-        metrics: dict[str, float] = dict(result["metrics"])
-        now = time.monotonic()
+        fetched = self.batches.fetch(groups)
+        timing = Timing(began, batch_at, trained_at, publish_s, self.started)
         counters = self.supervisor.rollout_counters()
-        busy = sum(counter["busy_s"] for counter in counters)
-        wall = max(now - began, 1e-9)
-        counts = self.ledger.counts()
-        metrics |= {
-            "time_s": now - self.started,
-            "time/step_s": wall,
-            "time/wait_batch_s": batch_at - began,
-            "time/train_s": trained_at - batch_at,
-            "time/publish_s": publish_s,
-            "throughput/tokens_per_s": metrics.get("length/response_tokens", 0.0) / wall,
-            "idle/learner": (batch_at - began) / wall,
-            "idle/rollouts": max(0.0, 1 - max(0.0, busy - self._busy_before) / (wall * max(1, len(counters)))),
-            "queue/generated": counts.get("generated", 0),
-            "queue/scored": counts.get("scored", 0),
-            "ledger/failed": len(self.history.failed),
-            "incarnation": self.history.incarnation,
+        metrics: dict[str, float] = {
+            **result["metrics"],
+            **timing.metrics(result["metrics"], counters, self._busy_before),
+            **ledger_metrics(self.ledger.counts(), self.history),
         }
-        self._busy_before = busy
-        self.run.write_samples(step, self.batches.fetch(groups), result["samples"])
+        self._busy_before = sum(counter["busy_s"] for counter in counters)
+        self.run.write_samples(step, fetched, result["samples"])
+        revisions = reward_revisions(fetched)
+        if self.history.note_revisions(step, revisions):
+            self.run.event("reward_revisions", step=step, revisions=revisions)
         if self.evaluator is not None and (step + 1) % self.config.evaluation.every == 0:
             metrics |= self._evaluate(step)
-        self.run.write_metrics(step, metrics)
+        self.run.write_metrics(step, {**metrics, "reward/revisions": revisions})
         self.telemetry.write(step, metrics)
         self.progress.step(step, metrics)
 

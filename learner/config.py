@@ -183,17 +183,27 @@ class LearnerSection(Section):
         default_factory=lambda: BadBatchSection.model_validate({}),
         description="Batches that must not be trained on.",
     )
-    value_function: Literal["shared", "separate"] = Field(
+    value_function: Literal["shared", "separate", "from_reward_model"] = Field(
         default="shared",
         description=(
             "`shared`: a small feed-forward head on the policy's trunk, the paper's. `separate`: a trunk of its "
-            "own, started from the policy's weights (twice the memory)."
+            "own, started from the policy's weights (twice the memory). `from_reward_model`: trunk and score head of "
+            "`value_model` (arXiv 2009.01325); a score head cannot read the policy's trunk."
+        ),
+    )
+    value_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "For `from_reward_model`: a directory of `attune reward-model`, kind preference or absolute, with the "
+            "policy's tokenizer. Read at the start of a run; its width may be another than the policy's."
         ),
     )
     value_hidden: int | None = Field(
         default=None,
         gt=0,
-        description="Width of the value head's hidden layer, units. Default: the trunk's hidden size.",
+        description="Width of the value head's hidden layer, units; not with from_reward_model. Default: the trunk's "
+        "hidden size.",
     )
 
     # Optimiser
@@ -312,6 +322,21 @@ class LearnerSection(Section):
             )
         if self.min_ranks is not None and self.min_ranks > self.ranks:
             raise ValueError(f"learner.min_ranks: {self.min_ranks} is more than learner.ranks {self.ranks}")
+        own = self.value_function == "from_reward_model"
+        if own != (self.value_model is not None):
+            raise ValueError(
+                f"learner.value_model: is given with value_function: from_reward_model, and only with it; got "
+                f"{self.value_model!r} with {self.value_function}"
+            )
+        if own and not self.needs_values:
+            raise ValueError(
+                "learner.value_function: from_reward_model, but these advantages need no values; allowed with "
+                "advantage: paper or gae, or baseline: value"
+            )
+        if own and self.value_hidden is not None:
+            raise ValueError(
+                f"learner.value_hidden: {self.value_hidden}, but from_reward_model has the reward model's head"
+            )
         if self.kl.controller == "adaptive" and (self.kl.place == "none" or self.kl.coef == 0):
             raise ValueError("kl.controller: adaptive needs kl.place: reward or loss, and kl.coef > 0")
         return self

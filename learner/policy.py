@@ -23,6 +23,10 @@ from transformers import PreTrainedModel
 from services.errors import UserError
 from services.models import decoder_start_of
 
+ValueKind = Literal["none", "shared", "separate", "from_reward_model"]
+OWN_TRUNK: tuple[ValueKind, ...] = ("separate", "from_reward_model")
+"""Value functions that read a trunk of their own, not the policy's."""
+
 
 @dataclass(frozen=True)
 class ModelInput:
@@ -100,21 +104,34 @@ class ValueHead(nn.Module):
         return _at_least_float32(self.down(inner)).squeeze(-1)
 
 
+class ScoreHead(nn.Module):
+    """A reward model's linear head, hidden state [..., d] -> value [...]: V starts as the reward model's score."""
+
+    def __init__(self, score: nn.Linear) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _at_least_float32(self.score(hidden.to(self.score.weight.dtype))).squeeze(-1)
+
+
 class PolicyWithValue(nn.Module):
-    """Parameters are named `lm.*`, `value_head.*` and, with a separate value function, `value_trunk.*`."""
+    """Parameters are named `lm.*`, `value_head.*` and, with a value function of its own trunk, `value_trunk.*`."""
 
     def __init__(
         self,
         lm: nn.Module,
         *,
-        value: Literal["none", "shared", "separate"],
+        value: ValueKind,
         value_hidden: int | None = None,
         value_lm: nn.Module | None = None,
+        value_score: nn.Linear | None = None,
         seed: int = 0,
     ) -> None:
         """`lm`: a transformers model with a language-model head, decoder-only or encoder-decoder.
 
-        `value_lm`, for `separate`: a second copy of the model, of which the trunk is kept and the head dropped.
+        `value_lm`, for `separate`: a second copy of the model, of which the trunk is kept and the head dropped; for
+        `from_reward_model`: a reward model of the policy's token ids, of any width, whose head is `value_score`.
         `seed`: of the value head's first layer.
         """
         super().__init__()
@@ -122,12 +139,17 @@ class PolicyWithValue(nn.Module):
         self.encoder_decoder = bool(_config(lm).is_encoder_decoder)
         self.rule = head_rule(lm)
         self.value = value
-        if (value == "separate") != (value_lm is not None):
-            raise ValueError(f"value_lm is for value='separate' and needed there, got value={value!r}")
+        if (value in OWN_TRUNK) != (value_lm is not None):
+            raise ValueError(f"value_lm is for value={OWN_TRUNK} and needed there, got value={value!r}")
+        if (value == "from_reward_model") != (value_score is not None):
+            raise ValueError(f"value_score is for value='from_reward_model' and needed there, got value={value!r}")
         if value_lm is not None:
-            _drop_head(value_lm)
+            if value == "separate":
+                _drop_head(value_lm)
             self.value_trunk = value_lm
-        if value != "none":
+        if value_score is not None:
+            self.value_head: nn.Module = ScoreHead(value_score)
+        elif value != "none":
             size = int(_config(lm).hidden_size)
             self.value_head = ValueHead(size, value_hidden or size, seed)
         switch_off_dropout(self)
@@ -143,7 +165,7 @@ class PolicyWithValue(nn.Module):
         logprobs, entropy = self._score(hidden[:, :-1], batch, temperature or 1.0, chunks, need_entropy)
         values = next_values = None
         if self.value != "none":
-            hidden = self._at_rows(self.value_trunk, batch) if self.value == "separate" else hidden
+            hidden = self._at_rows(self.value_trunk, batch) if self.value in OWN_TRUNK else hidden
             every = self.value_head(hidden)
             values = every[:, :-1] * batch.response_mask
             next_values = every.gather(1, batch.response_mask.sum(1, keepdim=True)).squeeze(1)

@@ -51,9 +51,7 @@ def published_tensors(lm: nn.Module) -> dict[str, Tensor]:
 
 class Zero3Source:
     """The language model's weights out of the partitions, adapters merged, in buckets; may be gone through any number
-    of times.
-
-    `metadata` and iteration are what vLLM's trainers ask of a `WeightSource`: the same tensors, in the same order.
+    of times, always the same tensors in the same order.
     """
 
     def __init__(self, engine: Engine, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -89,11 +87,6 @@ class Zero3Source:
                     name: (plain[name].float() + adapter.change()).to(plain[name].dtype)
                     for name, adapter in adapted.items()
                 }
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors, a bucket in memory at a time. Collective."""
-        for tensors in self.buckets():
-            yield from tensors.items()
 
 
 def publish(engine: Engine, version: PolicyVersion, directory: str | Path, bucket_bytes: int = BUCKET_BYTES) -> str:

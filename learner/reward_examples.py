@@ -193,10 +193,12 @@ def _encode(
         raise UserError(
             f"{asked.where}: label_prob is a soft label; reward_model.comparison_loss all_pairs takes those"
         )
+    # As in serving: models of the other kinds are never shown principles, which data that a judge made always has.
+    principles = asked.principles if form.kind == "principle" else ()
     responses = record.responses if isinstance(record, Comparison) else (record.response,)
     encoded: list[Encoded] = []
     for response in responses:
-        given = Input(turns=asked.turns, response=response, principles=asked.principles, facts=asked.facts)
+        given = Input(asked.turns, response, principles, asked.facts if form.facts else ())
         try:
             encoded.append((encode_steps if isinstance(record, Steps) else encode)(tokenizer, form, given))
         except (InputTooLong, TemplateRefused) as error:

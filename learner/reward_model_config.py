@@ -134,13 +134,15 @@ class RewardModelSection(SftSection):
     def shape(self) -> str:
         return SHAPES[self.kind]
 
-    def format(self, context: int | None) -> ScorerFormat:
-        """What scorer.json will say. `context`: positions of the model, where it is bounded."""
+    def format(self, context: int | None, *, facts: bool = False) -> ScorerFormat:
+        """What scorer.json will say. `context`: positions of the model, where it is bounded; `facts`: whether the data
+        has any."""
         return ScorerFormat(
             kind=self.kind,
             input_template=self.input_template,
             principle_template=self.principle_template,
             facts_template=self.facts_template,
+            facts=facts,
             step_rule=self.step_rule if self.kind == "process" else None,
             output="probability" if self.kind == "absolute" else "logit",
             label_range=self.label_range if self.kind == "absolute" else None,

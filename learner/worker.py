@@ -20,7 +20,7 @@ from learner.config import LearnerSection
 from learner.drift import watch_attention
 from learner.engine import Engine, Reference
 from learner.faults import collective
-from learner.policy import PolicyWithValue, verify_head
+from learner.policy import PolicyWithValue, ValueKind, verify_head
 from learner.ppo import Rules, TrainerState, train_step
 from learner.publish import BUCKET_BYTES, Zero3Source, export, publish
 from learner.reward_model_config import RewardModelSection
@@ -30,6 +30,7 @@ from learner.scoring_model import start_scoring_model
 from learner.sft import EpochReport, Pair, fine_tune, updates_of
 from learner.sft_config import SftSection
 from learner.transfer import send
+from learner.value_model import load_value_model
 from learner.zero import device_of, join_ranks
 from services.attention.capture import CAPTURE, Recorder, register
 from services.attention.config import CaptureSection
@@ -272,14 +273,24 @@ class LearnerWorker:
             timeout_s=timeout,
         )
 
-    def _policy(self, value: Any, *, watched: bool = False) -> PolicyWithValue:
+    def _policy(self, value: ValueKind, *, watched: bool = False) -> PolicyWithValue:
         dtype = DTYPES[self.section.dtype]
         if watched:
             register()
         lm = load_policy_model(self.policy_section, dtype=dtype, attention=CAPTURE if watched else "sdpa")
-        trunk = load_policy_model(self.policy_section, dtype=dtype) if value == "separate" else None
+        trunk, score = None, None
+        if value == "separate":
+            trunk = load_policy_model(self.policy_section, dtype=dtype)
+        elif value == "from_reward_model":
+            start = load_value_model(str(self.section.value_model), self.policy_section, dtype=dtype)
+            trunk, score = start.lm, start.score
         policy = PolicyWithValue(
-            lm, value=value, value_hidden=self.section.value_hidden, value_lm=trunk, seed=self._seed
+            lm,
+            value=value,
+            value_hidden=self.section.value_hidden,
+            value_lm=trunk,
+            value_score=score,
+            seed=self._seed,
         )
         self._decoder_start_id = decoder_start_of(lm) if policy.encoder_decoder else None
         pad = lm.config.pad_token_id

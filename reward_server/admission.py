@@ -24,7 +24,7 @@ class Admission:
         self._section = section
         self._metrics = metrics
         self._admitted = 0
-        self._slots = asyncio.Semaphore(section.concurrency)
+        self._slots = asyncio.Semaphore(section.turns())
 
     @asynccontextmanager
     async def admitted(self) -> AsyncGenerator[None]:

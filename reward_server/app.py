@@ -21,7 +21,7 @@ from reward_server.answering import Answering, Asked, Format, for_adapters
 from reward_server.config import RewardSection
 from reward_server.gate import Gate
 from reward_server.interventions import add_route
-from reward_server.keys import KeyRing, load_keys
+from reward_server.keys import KeyRing
 from reward_server.metrics import Metrics
 from reward_server.openapi import NATIVE, document
 from reward_server.problems import Path, Refusal, field_problem, invalid, refusal_of
@@ -48,7 +48,7 @@ def create_app(
     scorers, `runners` their models, by the source's name. `tells_id` false: the proxy in front adds X-Request-Id to
     answers. Raises UserError for a keys file that is none."""
     metrics = Metrics()
-    keys = KeyRing(load_keys(section.keys_file) if section.keys_file is not None else (), token)
+    keys = KeyRing(section.keys_file, token)
     service = ScoringService(section, metrics, scorers, runners=runners)
     answering = Answering(section, service, metrics)
     app = FastAPI(

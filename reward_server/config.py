@@ -160,8 +160,11 @@ class RewardSection(Section):
         ge=1,
         description="Most tokens of a response: of response_ids, and rows or statistics of the attention: 413 above.",
     )
-    concurrency: int = Field(
-        default=2, ge=1, description="Requests scored at once; numpy scoring is bound by the processor."
+    concurrency: int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests scored at once. null: as many as are admitted where a source asks a model, as rows of "
+        "many requests make its batches; else 2, as numpy scoring is bound by the processor.",
     )
     max_requests: int = Field(
         default=64,
@@ -234,6 +237,13 @@ class RewardSection(Section):
         if self.allow_options is not None:
             return self.allow_options
         return [source.kind for source in self.sources.values()] == ["attention"]
+
+    def turns(self) -> int:
+        """Requests scored at once."""
+        if self.concurrency is not None:
+            return self.concurrency
+        asks = any(isinstance(source, AskingSource) for source in self.sources.values())
+        return self.max_requests if asks else 2
 
     def token(self) -> str | None:
         """The bearer token of the environment variable `token_env`, or None where it is not set.

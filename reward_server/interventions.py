@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from starlette.requests import Request
 
+from reward_server.keys import Allowance
 from reward_server.problems import Refusal, refusal_of
 from services.errors import UserError
 
@@ -121,13 +122,18 @@ def _texts(path: Path) -> tuple[str, ...]:
 
 
 def add_route(app: FastAPI, file: InterventionFile | None, *, authenticated: bool) -> None:
-    """POST /v1/interventions. The app's gate asks for the token; without a token nobody may add any."""
+    """POST /v1/interventions. The app's gate asks for a key; the token, and keys of the role `interventions`, may add
+    some. Without token and keys nobody may."""
 
     @app.post("/v1/interventions", response_model=InterventionsAnswer)
     async def interventions(request: Request) -> Any:  # pyright: ignore[reportUnusedFunction]
         """Adds a principle that every item is judged by from now on, before its others."""
         if not authenticated:
             raise Refusal(403, "token_needed", "interventions change scores: the server must be started with a token")
+        allowance: Allowance = request.scope["state"]["allowance"]
+        if allowance.role != "interventions":
+            message = f"interventions change everybody's scores: the key {allowance.name} has not that role"
+            raise Refusal(403, "role_needed", message)
         if file is None:
             raise Refusal(404, "no_interventions", "the recipe names no file of interventions (reward.interventions)")
         body = bytearray()

@@ -1,26 +1,34 @@
-"""API keys: who may ask the reward server, and how much at a time.
+"""API keys: who may ask the reward server, for what, and how much at a time.
 
-A keys file has a JSON object a line: a name, a salt, the BLAKE2b hash of the key under that salt, and limits. The key
-itself is printed once, when it is made. It has 256 random bits: there is nothing to guess, so that a fast hash does.
+A keys file has a JSON object a line: a name, a salt, the BLAKE2b hash of the key under that salt, a role and limits.
+The key itself is printed once, when it is made. It has 256 random bits: there is nothing to guess, so that a fast hash
+does. A server reads the file again when it has changed: a line that is gone is a key that no longer counts.
 
-Invariant: comparing takes the same time whether and where a key differs, and which of the file's keys it is.
+Invariants: comparing takes the same time whether and where a key differs, and which of the file's keys it is. A server
+that was started with keys never does without.
 """
 
 import base64
 import binascii
 import hashlib
 import hmac
+import logging
 import math
 import secrets
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Role = Literal["score", "interventions"]
+"""What a key may do: score; and, beside that, add interventions, which change everybody's scores."""
 
 TOKEN_NAME = "token"  # noqa: S105 - the name under which the single token's requests are logged
 PREFIX = "attune-"
@@ -34,6 +42,7 @@ class Key(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    role: Role = "score"
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     max_items: Annotated[int, Field(ge=1)] | None = None
 
@@ -44,26 +53,39 @@ def hashed(secret: bytes, salt: bytes) -> bytes:
 
 
 def key_of(
-    name: str, secret: str, *, requests_per_minute: int | None = None, max_items: int | None = None, salt: bytes = b""
+    name: str,
+    secret: str,
+    *,
+    role: Role = "score",
+    requests_per_minute: int | None = None,
+    max_items: int | None = None,
 ) -> Key:
-    """The record of a key; the salt is random unless given."""
-    salt = salt or secrets.token_bytes(16)
+    """The record of a key, under a random salt."""
+    salt = secrets.token_bytes(16)
     return Key(
         name=name,
         salt=salt.hex(),
         hash=hashed(secret.encode(), salt).hex(),
+        role=role,
         requests_per_minute=requests_per_minute,
         max_items=max_items,
     )
 
 
-def make_key(path: Path, name: str, *, requests_per_minute: int | None = None, max_items: int | None = None) -> str:
+def make_key(
+    path: Path,
+    name: str,
+    *,
+    role: Role = "score",
+    requests_per_minute: int | None = None,
+    max_items: int | None = None,
+) -> str:
     """Makes a key and appends its hash to the file, which only its owner reads: the key. Raises UserError."""
-    if any(key.name == name for key in (load_keys(path) if path.exists() else ())):
+    if any(key.name == name for key in (read_keys(path) if path.exists() else ())):
         raise UserError(f"{path} has a key named {name!r} already: choose another name, or delete its line first")
     secret = PREFIX + secrets.token_urlsafe(32)
     try:
-        key = key_of(name, secret, requests_per_minute=requests_per_minute, max_items=max_items)
+        key = key_of(name, secret, role=role, requests_per_minute=requests_per_minute, max_items=max_items)
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"{problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
@@ -77,6 +99,14 @@ def make_key(path: Path, name: str, *, requests_per_minute: int | None = None, m
 
 
 def load_keys(path: Path) -> tuple[Key, ...]:
+    """The keys of a file, at least one. Raises UserError."""
+    keys = read_keys(path)
+    if not keys:
+        raise UserError(f"reward.keys_file: {path} has no key: make one with `attune reward-key NAME --file {path}`")
+    return keys
+
+
+def read_keys(path: Path) -> tuple[Key, ...]:
     """The keys of a file. Raises UserError with file and line where one is no key, or a name is there twice."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -95,8 +125,6 @@ def load_keys(path: Path) -> tuple[Key, ...]:
         if key.name in keys:
             raise UserError(f"{path}:{number}: the name {key.name!r} is there twice")
         keys[key.name] = key
-    if not keys:
-        raise UserError(f"reward.keys_file: {path} has no key: make one with `attune reward-key NAME --file {path}`")
     return tuple(keys.values())
 
 
@@ -105,6 +133,7 @@ class Allowance:
 
     def __init__(self, key: Key | None) -> None:
         self.name = "" if key is None else key.name
+        self.role: Role = "score" if key is None else key.role
         self._rate = None if key is None else key.requests_per_minute
         self.max_items = None if key is None else key.max_items
         self._left = float(self._rate or 0)
@@ -139,11 +168,15 @@ class Allowance:
 class KeyRing:
     """The keys of one server with what each has used. Without any key, everybody may ask (loopback only)."""
 
-    def __init__(self, keys: Sequence[Key], token: str | None = None) -> None:
-        """`token`: the single bearer token, without limits, beside the keys."""
-        held = [*keys] if token is None else [*keys, key_of(TOKEN_NAME, token)]
-        self._keys = [(bytes.fromhex(key.salt), bytes.fromhex(key.hash), Allowance(key)) for key in held]
-        self._anybody = None if held else Allowance(None)
+    def __init__(self, path: Path | None = None, token: str | None = None) -> None:
+        """`path`: the keys file; what it says later counts with the next request. `token`: the single bearer token,
+        without limits, beside the keys; it may add interventions. Raises UserError for a file without keys."""
+        self._path = path
+        self._token = () if token is None else (key_of(TOKEN_NAME, token, role="interventions"),)
+        self._seen = None if path is None else _stamp(path)
+        self._held: dict[Key, tuple[bytes, bytes, Allowance]] = {}
+        self._hold(() if path is None else load_keys(path))
+        self._anybody = Allowance(None) if path is None and token is None else None
 
     @property
     def asks(self) -> bool:
@@ -154,12 +187,42 @@ class KeyRing:
         """Whose key the Authorization headers of a request have; None where they have none that counts."""
         if self._anybody is not None:
             return self._anybody
+        self._read_again()
         secret = credential(authorization[0]) if len(authorization) == 1 else b""
         found: Allowance | None = None
-        for salt, digest, allowance in self._keys:  # all of them, always: see the invariant
+        for salt, digest, allowance in self._held.values():  # all of them, always: see the invariant
             if hmac.compare_digest(hashed(secret, salt), digest):
                 found = allowance
         return found if secret else None
+
+    def _read_again(self) -> None:
+        if self._path is None or (stamp := _stamp(self._path)) == self._seen:
+            return
+        self._seen = stamp
+        try:
+            keys = read_keys(self._path)
+        except UserError as error:
+            # Half an edit must not lock everybody out, nor let a key in that was there before it.
+            log.error("the keys stay as they were: %s", error)
+            return
+        self._hold(keys)
+        log.warning("%s was read again: %d keys", self._path, len(keys))
+
+    def _hold(self, keys: Sequence[Key]) -> None:
+        """A key whose line is as it was keeps what it has used."""
+        self._held = {
+            key: self._held.get(key) or (bytes.fromhex(key.salt), bytes.fromhex(key.hash), Allowance(key))
+            for key in (*keys, *self._token)
+        }
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes with a file's content, at little cost; None where it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def credential(header: bytes) -> bytes:

@@ -67,6 +67,9 @@ class LocalModel:
             labels=_labels(self.model.config) if spec.task in ("sequence", "token") else (),
         )
 
+    def living(self) -> int:
+        return 1
+
     def run(self, rows: Sequence[Row]) -> list[Output]:
         if not self._batched:
             # transformers finds the last token by the padding's id: without one, rows run alone.

@@ -1,6 +1,6 @@
 """What the service tells Prometheus. Every label has a closed set of values: sources of the recipe, codes, statuses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -58,6 +58,18 @@ class Metrics:
             "attune_reward_disagreement", "Standard deviation over the sources' shifted values of one item.",
             buckets=SPREAD_BUCKETS, registry=self.registry,
         )  # fmt: skip
+        self._batch_rows = Histogram(
+            "attune_reward_model_batch_rows", "Rows that a source's model ran together.", ["source"],
+            buckets=BATCH_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._batch_seconds = Histogram(
+            "attune_reward_model_batch_seconds", "Seconds of one batch of a source's model.", ["source"],
+            buckets=LATENCY_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._replicas = Gauge(
+            "attune_reward_source_replicas", "Replicas of a source's model that live.", ["source"],
+            registry=self.registry,
+        )  # fmt: skip
         self._items = Counter("attune_reward_items", "Items by result.", ["status"], registry=self.registry)
         self.admitted = Gauge(
             "attune_reward_admitted_requests", "Requests admitted: being scored or waiting.", registry=self.registry
@@ -94,6 +106,15 @@ class Metrics:
                 scores.observe(component.value)
             elif component.error is not None:
                 self._failures.labels(name, component.error.code.value).inc()
+
+    def replicas(self, name: str, living: Callable[[], int]) -> None:
+        """`living` is asked whenever the metrics are."""
+        self._replicas.labels(name).set_function(living)
+
+    def batch(self, name: str, rows: int, seconds: float) -> None:
+        """What a source's model ran at once."""
+        self._batch_rows.labels(name).observe(rows)
+        self._batch_seconds.labels(name).observe(seconds)
 
     def answer(self, seconds: float, results: Sequence[Result]) -> None:
         self._request_seconds.observe(seconds)

@@ -1,17 +1,19 @@
-"""A model behind Ray actors: what an actor holds, and the runner that asks its replicas. Needs no Ray itself.
+"""A model behind Ray actors: what an actor holds, and a replica that asks it. Needs no Ray itself.
 
-A run makes an actor of `ModelActor` for each replica (`ray.remote`), with the resources that its plan gives it, and
-hands their handles with `ray.get` to an `ActorRunner`, which a scorer takes for a model of its own process.
+A run makes an actor of `ModelActor` for each replica (`ray.remote`), with the resources that its plan gives it; Ray
+starts it again when it dies. An `ActorReplica` asks one, for a `ReplicaRunner`.
 """
 
-import queue
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
-from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Output, Row
+from reward_server.replicas import ReplicaLost
+from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Output, Row, load_model
 from services.errors import Deadline
+
+POLL_S = 0.5
 
 
 class ModelActor:
@@ -34,55 +36,40 @@ class ModelActor:
 
     @cached_property
     def _model(self) -> ModelRunner:
-        return import_module("reward_server.local_model").LocalModel(self._spec)
+        return load_model(self._spec)
 
 
-class ActorRunner:
-    """The replicas of one model as a `ModelRunner`: a batch goes to one that is free.
+class ActorReplica:
+    """An actor's handle as a replica. `ray` is the module."""
 
-    Where a replica fails, the batch goes to another; where all have failed, the last error is raised.
-    """
-
-    def __init__(
-        self, handles: Sequence[Any], get: Callable[..., Any], *, load_s: float = 600.0, run_s: float = 120.0
-    ) -> None:
-        """`get` is `ray.get`. `load_s`, `run_s`: deadlines for loading and for one batch. Raises what a replica raised
-        while it loaded, Deadline where it did not answer, ValueError where the replicas are not of one model."""
-        self._get = get
+    def __init__(self, handle: Any, ray: Any, *, load_s: float = 600.0, run_s: float = 120.0) -> None:
+        """`load_s`, `run_s`: deadlines for loading and for one batch."""
+        self._handle = handle
+        self._ray = ray
+        self._load_s = load_s
         self._run_s = run_s
-        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        asked = [handle.facts.remote() for handle in handles]
-        facts: list[ModelFacts] = [self._answer(answer, load_s, "a model to load") for answer in asked]
-        if not facts or any(one != facts[0] for one in facts):
-            raise ValueError(f"{len(facts)} replicas of {len({one.revision for one in facts})} models, one is needed")
-        self.facts = facts[0]
-        self.lanes = len(handles)
-        for handle in handles:
-            self._free.put(handle)
+
+    def start(self) -> ModelFacts:
+        """Waits for Ray to start the actor, and for the actor to load its model."""
+        end = time.monotonic() + self._load_s
+        while True:
+            try:
+                return self._ray.get(self._handle.facts.remote(), timeout=max(0.0, end - time.monotonic()))
+            except TimeoutError as error:
+                raise Deadline(waited_for="a model to load", who="a model's actor", seconds=self._load_s) from error
+            except self._ray.exceptions.ActorUnavailableError:
+                time.sleep(POLL_S)  # between its death and its next life
+            except self._ray.exceptions.RayActorError as error:
+                raise ReplicaLost("a model's actor is dead and Ray does not start it again") from error
 
     def run(self, rows: Sequence[Row]) -> list[Output]:
-        taken: list[Any] = []
         try:
-            while True:
-                taken.append(self._next())
-                try:
-                    return self._answer(taken[-1].run.remote(list(rows)), self._run_s, "a batch")
-                except Exception:
-                    if len(taken) == self.lanes:
-                        raise
-        finally:
-            # Those that failed come back too, behind the others: Ray may have started the actor again.
-            for handle in reversed(taken):
-                self._free.put(handle)
-
-    def _next(self) -> Any:
-        try:
-            return self._free.get(timeout=self._run_s)
-        except queue.Empty:
-            raise Deadline(waited_for="a replica that is free", who="the model", seconds=self._run_s) from None
-
-    def _answer(self, reference: Any, seconds: float, what: str) -> Any:
-        try:
-            return self._get(reference, timeout=seconds)
+            return self._ray.get(self._handle.run.remote(list(rows)), timeout=self._run_s)
         except TimeoutError as error:
-            raise Deadline(waited_for=what, who="a model's actor", seconds=seconds) from error
+            self._ray.kill(self._handle, no_restart=False)
+            raise ReplicaLost(f"a model's actor did not answer within {self._run_s:.0f} s") from error
+        except self._ray.exceptions.RayActorError as error:
+            raise ReplicaLost("a model's actor died") from error
+
+    def stop(self) -> None:
+        """Nothing: an actor belongs to its run."""

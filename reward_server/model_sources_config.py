@@ -4,29 +4,41 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from reward_server.runner import ModelEngine
 from reward_server.sources_config import SourceBase, Weight
+from services.config_base import Section
 from services.scoring_format import StepRule
 
 Url = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
 
 
 class PlacedSource(SourceBase):
-    """Where a run puts the model of a source: in actors of its own. A server alone holds its models itself."""
+    """Where the model of a source lives: in a run in actors of its own, in a server alone in processes of its own."""
 
-    replicas: int = Field(default=1, ge=1, description="In a run: actors that hold this model, each a copy.")
-    cpus: float = Field(
-        default=0.25,
-        ge=0,
-        description="In a run: CPUs that Ray reserves for each; with as many threads, at least one.",
+    replicas: int = Field(default=1, ge=1, description="Actors or processes that hold this model, each a copy.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of each. null: in a run as many as cpus, at least one; in a server alone the cores "
+        "shared out among all replicas of all models.",
     )
-    gpus: float = Field(default=0.0, ge=0, description="In a run: GPUs that Ray reserves for each.")
+    cpus: float = Field(default=0.25, ge=0, description="In a run: CPUs that Ray reserves for each.")
+    gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs for each: in a run reserved by Ray, in a server alone shared out of those it sees; a share "
+        "below 1 is of one that others use too. 0: none of its own; `device` says which is used.",
+    )
     restarts: int = Field(
-        default=3, ge=0, description="In a run: how often Ray starts a replica again that died; requests wait or fail."
+        default=3,
+        ge=0,
+        description="How often a replica that died is started again; its requests go to another or fail as infra. In a "
+        "run in all, in a server alone in a row: five minutes of life give them back.",
     )
 
 
 class ModelSource(PlacedSource):
-    """A model of a directory or the hub, from safetensors, in this process. Its `scorer.json` says how it is fed;
+    """A model of a directory or the hub, from safetensors. Its `scorer.json` says how it is fed;
     what is given here lies over it."""
 
     model: str = Field(min_length=1, description="Directory or hub name of the model; a directory of that name wins.")
@@ -61,6 +73,16 @@ class ModelSource(PlacedSource):
     )
 
 
+class MayShowFacts(Section):
+    """Of a source whose model is shown facts where it was trained so."""
+
+    facts: bool | None = Field(
+        default=None,
+        description="Write the item's facts, where it has any, before the last user message; null: scorer.json's, "
+        "which says whether training showed facts.",
+    )
+
+
 class SequenceSource(ModelSource):
     """A model with one number for the whole input."""
 
@@ -71,13 +93,13 @@ class SequenceSource(ModelSource):
     )
 
 
-class PreferenceSource(SequenceSource):
+class PreferenceSource(MayShowFacts, SequenceSource):
     """A reward model trained on comparisons: the raw logit."""
 
     kind: Literal["preference"] = "preference"
 
 
-class AbsoluteSource(SequenceSource):
+class AbsoluteSource(MayShowFacts, SequenceSource):
     """A model of rated quality, trained with a sigmoid head on ratings mapped to [0, 1]."""
 
     kind: Literal["absolute"] = "absolute"
@@ -98,7 +120,7 @@ class FactsSource(SequenceSource):
     )
 
 
-class PrincipleSource(SequenceSource):
+class PrincipleSource(MayShowFacts, SequenceSource):
     """A reward model that judges by principles in its input, after the response (SALMON, arXiv 2310.05910)."""
 
     kind: Literal["principle"] = "principle"
@@ -120,7 +142,7 @@ class PrincipleSource(SequenceSource):
     )
 
 
-class ProcessSource(ModelSource):
+class ProcessSource(MayShowFacts, ModelSource):
     """A verifier of steps: the probability that each step of the response is correct, aggregated."""
 
     kind: Literal["process"] = "process"
@@ -204,6 +226,16 @@ class JudgeSource(PlacedSource):
     answer_prefix: str = Field(
         default="(", description="What the judge's answer begins with, of a model here: the letter or digit is next."
     )
+    engine: ModelEngine = Field(
+        default="transformers",
+        description="What runs a model here. vllm: batches of its own, and a cache of common beginnings.",
+    )
+    kv_cache_mib: int | None = Field(
+        default=None,
+        ge=1,
+        description="vllm: memory of the KV cache (MiB); null: 1 GiB on a CPU, on GPUs what vLLM finds free: set it "
+        "where the GPU is shared.",
+    )
     url: Url | None = Field(
         default=None,
         description="An OpenAI-compatible endpoint, http(s)://host:port/v1, without a password; null: the model runs "
@@ -216,6 +248,12 @@ class JudgeSource(PlacedSource):
 
     @model_validator(mode="after")
     def _a_judge_that_can_answer(self) -> Self:
+        if self.engine == "vllm" and self.url is not None:
+            raise ValueError("engine: vllm runs the model here, and url says that it runs elsewhere: give one of them")
+        if self.engine == "vllm" and self.device != "auto":
+            raise ValueError(
+                f"device: {self.device}: vLLM takes the devices that its process sees; only auto is allowed"
+            )
         if self.lowest >= self.highest:
             raise ValueError(f"lowest ({self.lowest}) must be below highest ({self.highest})")
         needed = ("first", "second") if self.mode == "compare" else ("response",)

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from reward_server.app import create_app
 from reward_server.config import RewardSection
+from reward_server.model_process import model_processes
 from services.errors import UserError
 
 try:
@@ -32,7 +33,7 @@ def application(args: dict[str, Any]) -> serve.Application:
         token = section.token()
         if token is None and section.keys_file is None:
             raise UserError(f"the reward server under Ray Serve needs {section.token_env} or reward.keys_file")
-        return create_app(section, token=token, tells_id=False)  # Serve's proxy does
+        return create_app(section, token=token, runners=model_processes(section), tells_id=False)
 
     deploy: Any = serve  # its types are unknown in parts
     return deploy.deployment(

@@ -1,11 +1,13 @@
 """What scorers ask of a model: rows of token ids in, numbers out. Knows no model library.
 
-A `ModelRunner` stands for a model of this process (`reward_server.local_model`) or for Ray actors that hold one
-(`reward_server.model_actor`). Its outputs do not depend on which rows run together (design, invariant 4).
+A `ModelRunner` stands for a model of this process (`reward_server.local_model`, `reward_server.vllm_model`) or for
+other processes that hold copies of one (`reward_server.replicas`). Its outputs do not depend on which rows run together
+(design, invariant 4).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal, Protocol
 
 Task = Literal["sequence", "token", "steps", "likelihood", "choice"]
@@ -17,6 +19,8 @@ steps: token or sequence, whichever the model was saved for.
 likelihood: log-probability of the ids at the positions `at` given those before, one vector [at].
 choice: log-probabilities of the ids `choices` after the row's last one, one vector [choices].
 """
+ModelEngine = Literal["transformers", "vllm"]
+"""What runs a model. vllm: the task `choice` alone."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class ModelSpec:
     device: str
     field: str
     """Name of the recipe's key, for messages."""
+    engine: ModelEngine = "transformers"
+    max_tokens: int | None = None
+    """Longest input that is asked for; what vLLM makes room for."""
+    kv_cache_mib: int | None = None
+    """vllm: memory of the KV cache; None: its own choice."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,19 @@ class ModelRunner(Protocol):
         """Batches that may run at once: the number of replicas."""
         ...
 
+    def living(self) -> int:
+        """Replicas that can run a batch now."""
+        ...
+
     def run(self, rows: Sequence[Row]) -> list[Output]:
         """An output for each row, in order; called from as many threads as there are lanes. An exception fails all
         rows."""
         ...
+
+
+def load_model(spec: ModelSpec) -> ModelRunner:
+    """The model in this process. Raises UserError for what an operator can get wrong, ImportError without the model
+    library."""
+    if spec.engine == "vllm":
+        return import_module("reward_server.vllm_model").VllmModel(spec)
+    return import_module("reward_server.local_model").LocalModel(spec)

@@ -22,7 +22,8 @@ from fastapi import FastAPI
 from reward_server.app import create_app
 from reward_server.config import RewardSection
 from reward_server.logs import configure
-from reward_server.runner import ModelRunner
+from reward_server.model_process import model_processes
+from reward_server.replicas import ReplicaRunner
 from reward_server.scorers.base import Scorer
 from services.errors import Deadline, UserError
 
@@ -93,17 +94,18 @@ class RewardServer:
         host: str | None = None,
         port: int | None = None,
         scorers: Mapping[str, Scorer] | None = None,
-        runners: Callable[[], Mapping[str, ModelRunner]] | None = None,
+        runners: Callable[[], Mapping[str, ReplicaRunner]] | None = None,
     ) -> None:
-        """`host` and `port` default to the section's. `runners` gives the models that live elsewhere, when it starts.
-        Raises UserError for an open address without a token."""
+        """`host` and `port` default to the section's. `runners` gives the models, when it starts; they are closed when
+        it ends. None: children of this process. Raises UserError for an open address without a token."""
         self.section = section if isinstance(section, RewardSection) else RewardSection.model_validate(section)
         self._host = self.section.host if host is None else host
         self._port = self.section.port if port is None else port
         check_guarded(self.section, token, self._host)
         self._token = token
         self._scorers = scorers
-        self._runners = runners
+        self._runners = runners or (lambda: model_processes(self.section, without=scorers or ()))
+        self._running: Mapping[str, ReplicaRunner] = {}
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._url: str | None = None
@@ -120,8 +122,13 @@ class RewardServer:
         if self._thread is not None:
             raise RuntimeError("the reward server is running already")
         listener = bind(self._host, self._port)
-        # Models are loaded here, or waited for: the host's loop is not held up meanwhile.
-        app = await asyncio.to_thread(self._app)
+        try:
+            # Models are loaded here, or waited for: the host's loop is not held up meanwhile.
+            app = await asyncio.to_thread(self._app)
+        except BaseException:
+            listener.close()
+            self._close_models()
+            raise
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -147,8 +154,13 @@ class RewardServer:
         return self._url
 
     def _app(self) -> FastAPI:
-        runners = None if self._runners is None else self._runners()
-        return create_app(self.section, token=self._token, scorers=self._scorers, runners=runners)
+        self._running = self._runners()
+        return create_app(self.section, token=self._token, scorers=self._scorers, runners=self._running)
+
+    def _close_models(self) -> None:
+        for runner in self._running.values():
+            runner.close()
+        self._running = {}
 
     async def stop(self) -> None:
         """Takes no more requests, lets those under way finish, and ends. Does nothing where nothing runs."""
@@ -160,6 +172,7 @@ class RewardServer:
         await asyncio.to_thread(thread.join, seconds)
         if thread.is_alive():
             raise Deadline(waited_for="the reward server to stop", who="uvicorn", seconds=seconds)
+        await asyncio.to_thread(self._close_models)
         self._server, self._thread, self._url = None, None, None
 
     def alive(self) -> bool:

@@ -29,6 +29,7 @@ from reward_server.schema import (
 )
 from reward_server.scorers.base import Scored, Scorer
 from reward_server.scorers.build import build_scorers
+from reward_server.watched import WatchedRunner
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,9 @@ class ScoringService:
         self.section = section
         self.metrics = metrics
         self.interventions = None if section.interventions is None else InterventionFile(section.interventions)
+        watched = {name: WatchedRunner(name, runner, metrics) for name, runner in (runners or {}).items()}
         self.scorers: dict[str, Scorer] = {
-            **build_scorers(section, runners=runners, interventions=self.interventions, without=scorers),
+            **build_scorers(section, runners=watched, interventions=self.interventions, without=scorers),
             **(scorers or {}),
         }
         self.progress = Progress(section.stalled_s)

@@ -14,7 +14,7 @@ from reward_server.schema import Item, Message
 
 URL = "ATTUNE_REWARD_URL"
 TOKEN = "ATTUNE_REWARD_TOKEN"  # noqa: S105 - the variable's name
-COLUMNS = ("reference", "facts", "principles")
+COLUMNS = ("reference", "facts", "principles", "prompt_class")
 """Columns of a TRL data set that go with the item, under these names."""
 
 Chat = Sequence[dict[str, Any]]
@@ -93,8 +93,8 @@ def compute_score(
     """verl's `custom_reward_function`: the reward of one solution by the server at ATTUNE_REWARD_URL, with the key in
     ATTUNE_REWARD_TOKEN.
 
-    `extra_info` may have `prompt` (a text or a chat), `facts` and `principles`. Raises RewardFailed where the item has
-    no score, RewardUnavailable where the server does not answer.
+    `extra_info` may have `prompt` (a text or a chat), `facts`, `principles` and `prompt_class`. Raises RewardFailed
+    where the item has no score, RewardUnavailable where the server does not answer.
     """
     extra = extra_info or {}
     prompt = extra.get("prompt")

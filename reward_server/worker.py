@@ -233,6 +233,7 @@ def group_items(group: Group) -> list[Item]:
             reference=prompt.reference,
             facts=prompt.facts or None,
             principles=prompt.principles or None,
+            prompt_class=prompt.prompt_class,
             attention=attention_body(sample),
         )
         for sample in group.samples

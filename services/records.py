@@ -62,7 +62,10 @@ class Message(Record):
 
 
 class Prompt(Record):
-    """One row of a prompt source: either `text` or `messages`, and what a score may need beside it."""
+    """One row of a prompt source: either `text` or `messages`, and what a score may need beside it.
+
+    `prompt_class` says which principles weigh more for it (`services.principles.PrincipleSet.classes`).
+    """
 
     prompt_id: str
     source: str
@@ -71,6 +74,7 @@ class Prompt(Record):
     reference: str | None = None
     facts: tuple[str, ...] = ()
     principles: tuple[str, ...] = ()
+    prompt_class: str | None = None
     keywords: tuple[str, ...] = ()
 
     @model_validator(mode="after")

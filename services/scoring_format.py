@@ -78,6 +78,9 @@ class ScorerFormat(BaseModel):
         default=FACTS_TEMPLATE,
         description="Written before the last user message, with {facts} (a line each, with a dash).",
     )
+    facts: bool = Field(
+        default=False, description="Whether the facts of an item are written at all: true where training showed them."
+    )
     step_rule: StepRule | None = Field(default=None, description="Of kind process: how a response is split.")
     strip_bos: bool = Field(
         default=True,

@@ -138,7 +138,7 @@ def scoring_models(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory)
     save("two", LlamaForSequenceClassification, 3, num_labels=2)
     labels = {0: "incorrect", 1: "neutral", 2: "correct"}
     save("token", LlamaForTokenClassification, 4, id2label=labels, label2id={v: k for k, v in labels.items()})
-    save("causal", LlamaForCausalLM, 5)
+    save("causal", LlamaForCausalLM, 5, head_dim=32)  # the narrowest that vLLM's CPU kernel knows
     save("trunk", LlamaForCausalLM, 6)
     tensors = load_file(root / "trunk" / "model.safetensors")
     head = {"v_head.weight": torch.randn(1, 32), "v_head.bias": torch.randn(1)}

@@ -46,11 +46,11 @@ class Request(Foreign):
     def entries(self) -> Sequence[Sequence[str]]:
         if isinstance(self.inputs, str):
             return [(self.inputs,)]
-        first = self.inputs[0] if self.inputs else ()
-        return [self.inputs] if isinstance(first, str) else self.inputs  # type: ignore[list-item, return-value]
+        pair = [text for text in self.inputs if isinstance(text, str)]
+        return [pair] if pair else [entry for entry in self.inputs if not isinstance(entry, str)]
 
     def is_batch(self) -> bool:
-        return not isinstance(self.inputs, str) and not (self.inputs and isinstance(self.inputs[0], str))
+        return not isinstance(self.inputs, str) and not any(isinstance(entry, str) for entry in self.inputs)
 
 
 class Prediction(Told):

@@ -15,11 +15,20 @@ from reward_server.problems import Path
 from reward_server.schema import Item
 
 
-class ClassifyRequest(Foreign):
-    """`use_activation` (`activation` before vLLM 0.11.2) true: the sigmoid of the reward; else the reward."""
-
+class Request(Foreign):
     input: Texts
     model: str | None = None
+
+
+class Answer(Told):
+    object: Literal["list"] = "list"
+    model: str | None
+    usage: Usage = Usage()
+
+
+class ClassifyRequest(Request):
+    """`use_activation` (`activation` before vLLM 0.11.2) true: the sigmoid of the reward; else the reward."""
+
     use_activation: bool | None = None
     activation: bool | None = None
     truncate_prompt_tokens: None = None
@@ -32,18 +41,13 @@ class Class(Told):
     num_classes: int = 1
 
 
-class ClassifyAnswer(Told):
-    object: Literal["list"] = "list"
-    model: str | None
+class ClassifyAnswer(Answer):
     data: list[Class]
-    usage: Usage = Usage()
 
 
-class EmbeddingsRequest(Foreign):
+class EmbeddingsRequest(Request):
     """`encoding_format` base64: float32, little-endian, what OpenAI's client asks for by itself."""
 
-    input: Texts
-    model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Literal[1] | None = None
 
@@ -54,18 +58,15 @@ class Embedding(Told):
     embedding: list[float] | str
 
 
-class EmbeddingsAnswer(Told):
-    object: Literal["list"] = "list"
-    model: str | None
+class EmbeddingsAnswer(Answer):
     data: list[Embedding]
-    usage: Usage = Usage()
 
 
-def items(request: ClassifyRequest | EmbeddingsRequest, reading: AdaptersSection) -> Sequence[Item]:
+def items(request: Request, reading: AdaptersSection) -> Sequence[Item]:
     return [text_item(i, text, reading) for i, text in enumerate(as_list(request.input))]
 
 
-def place(request: ClassifyRequest | EmbeddingsRequest, index: int) -> Path:
+def place(request: Request, index: int) -> Path:
     return ("input",) if isinstance(request.input, str) else ("input", index)
 
 

@@ -54,7 +54,7 @@ NOT_ITS_OWN = frozenset({"weight", "required", "offset", "scale", "clip"})
 """Options of a source that belong to the combination: to the recipe's revision, not to the source's."""
 PLACEMENT = frozenset(
     {"device", "batch_tokens", "batch_wait_ms", "timeout_s", "retries", "concurrency", "key_env", "model_revision"}
-    | {"replicas", "cpus", "gpus", "restarts"}
+    | {"replicas", "threads", "cpus", "gpus", "restarts"}
 )
 """Options of a source that asks a model which say where and how fast, not what."""
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from reward_server.batching import MicroBatcher
 from reward_server.model_sources_config import JudgeSource, ModelSource
 from reward_server.placement import model_spec
-from reward_server.runner import ModelFacts, ModelRunner, Output, Row
+from reward_server.runner import ModelFacts, ModelRunner, Output, Row, load_model
 from reward_server.schema import ErrorCode, Item
 from reward_server.scorers.base import ItemFailure, Scored, failed
 from services.errors import UserError
@@ -51,7 +51,7 @@ def load(name: str, source: ModelSource | JudgeSource, runner: ModelRunner | Non
     spec = model_spec(name, source)
     try:
         transformers: Any = import_module("transformers")
-        running: ModelRunner = runner or import_module("reward_server.local_model").LocalModel(spec)
+        running: ModelRunner = runner or load_model(spec)
     except ImportError as error:
         raise UserError(f"{spec.field}: a model needs torch and transformers: pip install 'attune[cpu]'") from error
     try:
@@ -83,6 +83,11 @@ def limited(name: str, loaded: Loaded, form: ScorerFormat, source: ModelSource) 
     if isinstance(known, int) and known < 10**6:  # transformers writes a huge number where nothing bounds it
         limits.append(known)
     return form.model_copy(update={"max_tokens": min(limits)})
+
+
+def shown_facts(form: ScorerFormat, item: Item) -> tuple[str, ...]:
+    """Of the item, where the model is fed facts."""
+    return (item.facts or ()) if form.facts else ()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from reward_server.model_sources_config import ProcessSource
 from reward_server.runner import ModelRunner, Output, Row
 from reward_server.schema import ErrorCode, Item
 from reward_server.scorers.base import ItemFailure, Scored, Scorer, ok, prompt_turns, response_text, revision_of
-from reward_server.scorers.models import Asked, ModelScorer, limited, load
+from reward_server.scorers.models import Asked, ModelScorer, limited, load, shown_facts
 from services.errors import UserError
 from services.scoring_format import Example, ScorerFormat, StepRule, encode_prefixes, encode_steps, read_format
 
@@ -29,7 +29,7 @@ def process_scorer(name: str, source: ProcessSource, *, runner: ModelRunner | No
     if form is not None and form.kind != "process":
         raise UserError(f"reward.sources.{name}.model: scorer.json says kind {form.kind}, the source is process")
     form = form or ScorerFormat(kind="process", step_rule=StepRule(), max_tokens=2**31 - 1)
-    options = ("input_template", "strip_bos", "step_rule")
+    options = ("input_template", "strip_bos", "facts", "step_rule")
     given = {key: value for key in options if (value := getattr(source, key)) is not None}
     form = ScorerFormat.model_validate({**form.model_dump(), **given})
     loaded = load(name, source, runner)
@@ -38,7 +38,7 @@ def process_scorer(name: str, source: ProcessSource, *, runner: ModelRunner | No
     log_p = log_probability_of(name, loaded.facts.labels, source.neutral)
 
     def prepare(item: Item) -> Asked:
-        example = Example(prompt_turns(item), response_text(item))
+        example = Example(prompt_turns(item), response_text(item), facts=shown_facts(form, item))
         if by_token:
             encoded = loaded.encoded(encode_steps, form, example)
             rows = (Row(encoded.ids, at=encoded.step_ends),)

@@ -18,7 +18,7 @@ from reward_server.principle_sets import named_set
 from reward_server.runner import ModelRunner, Output, Row
 from reward_server.schema import ErrorCode, Item
 from reward_server.scorers.base import ItemFailure, Scored, Scorer, ok, prompt_turns, response_text, revision_of
-from reward_server.scorers.models import Asked, Loaded, ModelScorer, limited, load
+from reward_server.scorers.models import Asked, Loaded, ModelScorer, limited, load, shown_facts
 from reward_server.scorers.symbolic import words
 from services.errors import UserError
 from services.principles import PrincipleSet, draw
@@ -31,17 +31,21 @@ def format_of(name: str, source: AnySequenceSource) -> ScorerFormat:
     Raises UserError where scorer.json is of another kind of model.
     """
     form = read_format(source.model)
-    kinds = ("preference", "absolute", "principle") if isinstance(source, FactsSource) else (source.kind,)
+    kinds = ("preference", "absolute") if isinstance(source, FactsSource) else (source.kind,)
     if form is not None and form.kind not in kinds:
-        raise UserError(f"reward.sources.{name}.model: scorer.json says kind {form.kind}, the source is {source.kind}")
+        instead = "; a principle source shows facts too" if form.kind == "principle" and source.kind == "facts" else ""
+        raise UserError(
+            f"reward.sources.{name}.model: scorer.json says kind {form.kind}, the source is {source.kind}{instead}"
+        )
     # Without a scorer.json nothing of ours bounds the input: tokenizer and model do.
     form = form or ScorerFormat(kind=kinds[0], max_tokens=2**31 - 1)
     given = {
         key: value
-        for key in ("input_template", "strip_bos", "output", "facts_template", "principle_template")
+        for key in ("input_template", "strip_bos", "output", "facts", "facts_template", "principle_template")
         if (value := getattr(source, key, None)) is not None
     }
-    return ScorerFormat.model_validate({**form.model_dump(), **given})
+    always = {"facts": True} if isinstance(source, FactsSource) else {}
+    return ScorerFormat.model_validate({**form.model_dump(), **given, **always})
 
 
 def sequence_scorer(
@@ -72,13 +76,10 @@ def sequence_scorer(
 
 
 def _prepare(source: AnySequenceSource, loaded: Loaded, form: ScorerFormat, item: Item) -> Asked:
-    facts: tuple[str, ...] = ()
-    if isinstance(source, FactsSource):
-        if not item.facts:
-            raise ItemFailure(ErrorCode.MISSING_FACTS, "this source needs `facts`")
-        facts = item.facts
-    if item.text is None or facts:
-        example = Example(prompt_turns(item), response_text(item), facts=facts)
+    if isinstance(source, FactsSource) and not item.facts:
+        raise ItemFailure(ErrorCode.MISSING_FACTS, "this source needs `facts`")
+    if item.text is None or isinstance(source, FactsSource):
+        example = Example(prompt_turns(item), response_text(item), facts=shown_facts(form, item))
         encoded = loaded.encoded(encode, form, example)
     else:  # rendered by the client: nothing in it is known to be the prompt's, so nothing is cut
         encoded = loaded.encoded(encode_rendered, form, Example((), item.text))
@@ -141,7 +142,8 @@ class PrincipleScorer:
     def _prepare(self, interventions: Interventions, item: Item) -> Asked:
         turns = prompt_turns(item)
         chosen, negated = self._chosen(item, "\n".join(turn.content for turn in turns if turn.role == "user"))
-        example = Example(turns, response_text(item), (*interventions.texts, *chosen))
+        principles = (*interventions.texts, *chosen)
+        example = Example(turns, response_text(item), principles, shown_facts(self.form, item))
         encoded = self.loaded.encoded(encode, self.form, example)
 
         def finish(outputs: list[Output]) -> Scored:

@@ -8,6 +8,9 @@ from services.config_base import Section
 
 GENERATED = ("generated:qa", "generated:instructions")
 
+CLASS_NAME = r"^[a-z][a-z0-9_]{0,63}$"
+"""What a class of prompts may be called: as in a set of principles."""
+
 
 class Columns(Section):
     """Which column of the source holds what. A field left out is recognised by its usual names."""
@@ -32,6 +35,10 @@ class Columns(Section):
     )
     principles: str | None = Field(
         default=None, description="column of principles (a text or a list of texts) for judges"
+    )
+    prompt_class: str | None = Field(
+        default=None,
+        description="column of the prompt's class, such as reasoning or red_team: which principles weigh more for it",
     )
     keywords: str | None = Field(
         default=None, description="column of keywords (a text or a list of texts): salience.method keywords"
@@ -73,6 +80,11 @@ class DataSection(Section):
     )
     system: str | None = Field(
         default=None, description="system message put before prompts that have none; needs a chat template"
+    )
+    prompt_class: str | None = Field(
+        default=None,
+        pattern=CLASS_NAME,
+        description="class of the prompts whose row names none; null: the principle source goes by their words",
     )
     validation_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="share held out for validation (the paper's 80/10/10)"

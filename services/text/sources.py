@@ -7,6 +7,7 @@ one stays, so that nothing that is evaluated was trained on.
 
 import difflib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 
 from services.errors import UserError
 from services.records import Message, Prompt
-from services.text.config import DataSection
+from services.text.config import CLASS_NAME, DataSection
 from services.text.corpora.instructions import generate_instructions
 from services.text.corpora.pairs import Pair
 from services.text.corpora.qa import generate_qa
@@ -33,6 +34,7 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "id": (),
     "facts": ("facts",),
     "principles": ("principles",),
+    "prompt_class": ("prompt_class",),
     "keywords": ("keywords",),
     "split": ("split",),
 }
@@ -87,7 +89,7 @@ def load_prompts(section: DataSection) -> Splits:
         raise UserError(f"data.source: {section.source} has no rows")
     columns = _resolve_columns(section, _names_in(rows))
     placed: list[tuple[SplitName | None, Prompt]] = [
-        (_own_split(row, columns), _to_prompt(row, columns, name)) for row in rows
+        (_own_split(row, columns), _to_prompt(row, columns, name, section.prompt_class)) for row in rows
     ]
     owned = {split for split, _ in placed if split is not None}
     if section.split == "own" and "train" not in owned:
@@ -178,7 +180,8 @@ def _own_split(row: Row, columns: dict[str, str | None]) -> SplitName | None:
     return cast(SplitName, known)
 
 
-def _to_prompt(row: Row, columns: dict[str, str | None], source: str) -> Prompt:
+def _to_prompt(row: Row, columns: dict[str, str | None], source: str, prompt_class: str | None) -> Prompt:
+    """`prompt_class` is that of rows that name none."""
     column = columns["messages"] or columns["prompt"]
     assert column is not None
     if column not in row.values:
@@ -221,6 +224,7 @@ def _to_prompt(row: Row, columns: dict[str, str | None], source: str) -> Prompt:
         reference=reference,
         facts=_texts(row, columns["facts"]),
         principles=_texts(row, columns["principles"]),
+        prompt_class=_class(row, columns["prompt_class"]) or prompt_class,
         keywords=_texts(row, columns["keywords"]),
     )
 
@@ -243,6 +247,13 @@ def _text(row: Row, column: str | None) -> str | None:
     value = None if column is None else row.values.get(column)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{row.where}: column {column!r} is {type(value).__name__}, not text")
+    return value
+
+
+def _class(row: Row, column: str | None) -> str | None:
+    value = _text(row, column)
+    if value is not None and not re.fullmatch(CLASS_NAME, value):
+        raise UserError(f"{row.where}: column {column!r} is {value!r}, allowed are names of a-z, 0-9 and _")
     return value
 
 

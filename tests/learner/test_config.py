@@ -5,6 +5,8 @@ from pydantic import ValidationError
 
 from learner.config import LearnerSection
 
+SCORER = {"value_function": "from_reward_model", "value_model": "scorer"}
+
 
 def test_defaults_are_the_papers() -> None:
     section = LearnerSection.model_validate({})
@@ -52,6 +54,10 @@ def test_what_a_section_needs(fields: dict[str, Any], values: bool, reference: b
         ({"kl": {"controller": "adaptive"}}, "needs kl.place"),
         ({"betas": [0.9, 1.0]}, "betas"),
         ({"clip": 0}, "greater than 0"),
+        ({"value_function": "from_reward_model"}, "learner.value_model"),
+        ({"value_model": "scorer"}, "only with it"),
+        ({**SCORER, "advantage": "grpo"}, "need no values"),
+        ({**SCORER, "value_hidden": 8}, "learner.value_hidden"),
         ({"learning_rate": 1e-5}, "Extra inputs"),
     ],
 )

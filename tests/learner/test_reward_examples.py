@@ -27,7 +27,7 @@ def records(shape: Shape, *rows: dict[str, Any]) -> list[Any]:
 
 def test_inputs_are_what_serving_makes_of_them(tokenizer: Any) -> None:
     section = RewardModelSection(kind="principle")
-    form = section.format(context=None)
+    form = section.format(context=None, facts=True)
     (record,) = records(
         "comparisons", {"prompt": "q", "chosen": "a", "rejected": "b", "principles": ["brief"], "facts": ["one"]}
     )
@@ -35,6 +35,10 @@ def test_inputs_are_what_serving_makes_of_them(tokenizer: Any) -> None:
     given = [Input(turns_of("q"), text, principles=("brief",), facts=("one",)) for text in ("a", "b")]
     assert example.inputs == tuple(encode(tokenizer, form, each).ids for each in given)
     assert example.inputs != tuple(encode(tokenizer, form, Input(turns_of("q"), text)).ids for text in ("a", "b"))
+    # What the model is not served with it is not trained with.
+    other = RewardModelSection()
+    (example,) = encode_records([record], tokenizer, other.format(None), other).examples
+    assert example.inputs == tuple(encode(tokenizer, form, Input(turns_of("q"), text)).ids for text in ("a", "b"))
     (plain,) = records("comparisons", {"prompt": "q", "chosen": "a", "rejected": "b"})
     with pytest.raises(UserError, match=r"f:1: principles is empty"):
         encode_records([plain], tokenizer, form, section)

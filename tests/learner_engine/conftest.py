@@ -14,10 +14,18 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from learner.policy import PolicyWithValue
 from services.records import Group, PolicyVersion, Prompt, Sample, Score
+from services.scoring_format import ScorerFormat, write_format
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 VOCABULARY = 64
@@ -32,7 +40,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Directories of tiny models: `tied` and `untied` Llamas, and a `t5`."""
+    """Directories of tiny models: `tied` and `untied` Llamas, a `t5`, and a Llama that scores, of another width."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     special: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 2}
@@ -59,7 +67,12 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         model.save_pretrained(root / name)
         _tokenizer().save_pretrained(root / name)
         found[name] = str(root / name)
-    return found
+    widths = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(num_labels=1, max_position_embeddings=64, initializer_range=0.2, **widths, **special)
+    LlamaForSequenceClassification(config).save_pretrained(root / "scorer")
+    _tokenizer().save_pretrained(root / "scorer")
+    write_format(root / "scorer", ScorerFormat(kind="preference", input_template="{prompt} {response}"))
+    return {**found, "scorer": str(root / "scorer")}
 
 
 def logprobs_of(directory: str, prompt: list[int], response: list[int], temperature: float) -> list[float]:
@@ -291,6 +304,7 @@ def changed_ranks(two_ranks: Any, model_dirs: dict[str, str], tmp_path_factory: 
 def two_rank_jobs(model_dirs: dict[str, str], root: Path) -> dict[str, dict[str, Any]]:
     """One pair of processes runs all of these: starting them is what takes time."""
     tied = {**job_of(model_dirs["tied"], 5, **MINIBATCHES), "save_at": 2}
+    valued = {"value_function": "from_reward_model", "value_model": model_dirs["scorer"], "advantage": "gae"}
     return {
         "tied": tied,
         "again": tied,
@@ -301,6 +315,10 @@ def two_rank_jobs(model_dirs: dict[str, str], root: Path) -> dict[str, dict[str,
         "stateful": {**job_of(model_dirs["tied"], 3, **STATEFUL), "save_at": 1},
         "stateful_resumed": {
             **job_of(model_dirs["tied"], 3, **STATEFUL), "first": 1, "resume": str(root / "stateful" / "saved"),
+        },
+        "valued": {**job_of(model_dirs["tied"], 3, **valued), "save_at": 1},
+        "valued_resumed": {
+            **job_of(model_dirs["tied"], 3, **valued), "first": 1, "resume": str(root / "valued" / "saved"),
         },
         "poisoned": {**job_of(model_dirs["tied"], 1), "scenario": "poisoned"},
         "skipped": {

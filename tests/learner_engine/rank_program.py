@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import learner.zero
 from learner.bad_batch import NonFinite
 from learner.publish import BUCKET_BYTES, export, publish
 from learner.reward_examples import Example
 from learner.reward_training import Data
+from learner.scoring_model import ScoringInput
 from learner.worker import LearnerWorker
 from services.models import load_tokenizer
 from services.records import Group, PolicyVersion, Score
@@ -119,8 +121,31 @@ def reward_model(job: Job, rank: int) -> dict[str, Any]:
     directory = Path(job["directory"]) / "scorer"
     data = Data(*([Example(**example) for example in job["data"][part]] for part in PARTS))
     report = worker.reward_model(job["address"], job["port"], job["reward_model"], data, str(directory))
-    lines = (directory / "training" / "metrics.jsonl").read_text().splitlines() if rank == 0 else []
-    return {"report": report, "lines": [json.loads(line) for line in lines], "directory": str(directory)}
+    metrics = directory / "training" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    asked = [Example(**example) for example in job.get("asked", [])]
+    return {
+        "report": report,
+        "lines": [json.loads(line) for line in lines],
+        "directory": str(directory),
+        "logits": logits_of(worker, asked) if asked else [],
+    }
+
+
+@torch.no_grad()
+def logits_of(worker: LearnerWorker, examples: list[Example]) -> list[Any]:
+    """What the training engine says of examples, all of them padded in one batch: of each, a logit an input, or the
+    logits of each step."""
+    rows = [torch.tensor(ids) for example in examples for ids in example.inputs]
+    ids = pad_sequence(rows, batch_first=True, padding_value=worker.engine.policy.lm.config.pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    ends = [torch.tensor(example.step_ends) for example in examples if example.step_ends]
+    steps = pad_sequence(ends, batch_first=True) if ends else None
+    found = worker.engine.score(ScoringInput(ids, mask, steps)).tolist()
+    if steps is not None:
+        return [row[: len(example.step_ends)] for row, example in zip(found, examples, strict=True)]
+    flat = iter(found)
+    return [[next(flat) for _ in example.inputs] for example in examples]
 
 
 PARTS = ("train", "pretrain", "held_out", "probes")

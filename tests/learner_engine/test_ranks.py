@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 from learner.checkpoint import export_policy
 from services.models import load_policy_model
 from services.models_config import PolicySection
 from services.weights import read_manifest, read_published
+from tests.learner_engine.conftest import batch
 
 
 def weights(result: Any) -> dict[str, Tensor]:
@@ -46,7 +48,10 @@ def test_a_run_repeats_bit_for_bit(two_ranks: Any) -> None:
     assert two_ranks["again"]["steps"] == two_ranks["tied"]["steps"]
 
 
-@pytest.mark.parametrize(("resumed", "whole", "first"), [("resumed", "tied", 2), ("stateful_resumed", "stateful", 1)])
+@pytest.mark.parametrize(
+    ("resumed", "whole", "first"),
+    [("resumed", "tied", 2), ("stateful_resumed", "stateful", 1), ("valued_resumed", "valued", 1)],
+)
 def test_a_resumed_run_goes_on_bit_for_bit(resumed: str, whole: str, first: int, two_ranks: Any) -> None:
     assert_equal(weights(two_ranks[resumed]), weights(two_ranks[whole]))
     assert two_ranks[resumed]["steps"] == two_ranks[whole]["steps"][first:]
@@ -71,6 +76,23 @@ def test_unchanged_weights_have_ratio_one(name: str, two_ranks: Any) -> None:
 def test_the_adaptive_coefficient_moves_and_is_resumed(two_ranks: Any) -> None:
     coefficients = [step["metrics"]["kl/coef"] for step in two_ranks["stateful"]["steps"]]
     assert len(set(coefficients)) == 3
+
+
+@torch.no_grad()
+def test_a_value_function_starts_from_a_reward_model_and_is_trained(model_dirs: dict[str, str], two_ranks: Any) -> None:
+    loader: Any = AutoModelForSequenceClassification
+    scorer = loader.from_pretrained(model_dirs["scorer"]).eval()
+    known = two_ranks["valued"]["steps"][0]["samples"]
+    prompts = {s.sample_id: s.prompt_ids for group in batch(model_dirs["tied"], 0) for s in group.samples}
+    assert len(known) > 8
+    for sample_id, figures in known.items():
+        expected = float(scorer(input_ids=torch.tensor([prompts[sample_id]])).logits[0, 0])
+        assert figures["value"] == pytest.approx(expected, abs=1e-5)
+    after = weights(two_ranks["valued"])
+    parts = dict(scorer.named_parameters())
+    assert parts.pop("score.weight").shape == (1, 48)
+    assert not torch.equal(after["value_head.score.weight"], scorer.score.weight)
+    assert not [name for name, tensor in parts.items() if torch.equal(after[f"value_trunk.{name}"], tensor)]
 
 
 @pytest.mark.parametrize("name", ["partitioned", "t5"])

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from reward_server.app import create_app
 from reward_server.config import RewardSection
 from reward_server.interventions import MOST, InterventionFile, Interventions
+from reward_server.keys import make_key
 from reward_server.principle_sets import NAMES, named_set
 from services.errors import UserError
 from services.principles import PrincipleSet, draw, read_set
@@ -78,6 +79,19 @@ def test_only_an_authenticated_caller_adds_and_only_where_the_recipe_has_a_file(
     without = TestClient(create_app(RewardSection.model_validate(values), token="t"), headers=headers)
     assert add(without, TEXT).status_code == 404
     assert not (tmp_path / "i.jsonl").exists()
+
+
+def test_a_key_adds_only_with_the_role_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    scores, may = make_key(path, "trainer"), make_key(path, "operator", role="interventions")
+    values = {"sources": {"s": {"kind": "exact_match"}}, "interventions": str(tmp_path / "i.jsonl"), "keys_file": path}
+    app = create_app(RewardSection.model_validate(values), token="t")
+    refusal = add(TestClient(app, headers={"Authorization": f"Bearer {scores}"}), TEXT)
+    assert (refusal.status_code, refusal.json()["error"]["code"]) == (403, "role_needed")
+    assert "the key trainer has not that role" in refusal.text
+    assert not (tmp_path / "i.jsonl").exists()
+    for key in (may, "t"):
+        assert add(TestClient(app, headers={"Authorization": f"Bearer {key}"}), TEXT).status_code == 200
 
 
 @pytest.mark.parametrize(("body", "status"), [

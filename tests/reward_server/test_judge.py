@@ -119,6 +119,7 @@ def test_a_long_conversation_is_cut_for_the_judge(scoring_models: Any) -> None:
 @pytest.mark.parametrize(("values", "named"), [
     ({"rubric": "{prompt} {first}"}, "second"), ({"mode": "rate", "rubric": "x"}, "response"),
     ({"lowest": 5, "highest": 5}, "lowest"), ({"url": "http://u:p@host"}, "url"), ({"highest": 10}, "highest"),
+    ({"engine": "vllm", "url": "http://host/v1"}, "engine"), ({"engine": "vllm", "device": "cpu"}, "device"),
 ])  # fmt: skip
 def test_a_wrong_judge_is_refused(values: Any, named: str) -> None:
     with pytest.raises(ValidationError, match=named):

@@ -81,11 +81,13 @@ def test_every_key_and_the_token_count_as_bearer_and_as_password(keys: Any) -> N
         assert client.get("/readyz", headers=twice).status_code == 401
 
 
-def test_all_keys_are_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_keys_are_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The time taken says nothing: as many hashes are compared for the first key as for the last, and for none."""
     import hmac
 
-    ring = KeyRing([key_of(name, f"secret-{name}") for name in "abc"])
+    path = tmp_path / "keys.jsonl"
+    path.write_text("".join(key_of(name, f"secret-{name}").model_dump_json() + "\n" for name in "abc"))
+    ring = KeyRing(path)
     counted = []
     compare = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: counted.append(len(a)) or compare(a, b))
@@ -94,6 +96,34 @@ def test_all_keys_are_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) 
         holder = ring.holder([b"Bearer " + secret])
         assert (holder.name if holder else None) == {b"secret-a": "a", b"secret-c": "c"}.get(secret)
         assert counted == [32, 32, 32]
+
+
+def test_keys_come_and_go_without_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    first, second = make_key(path, "first", requests_per_minute=1), make_key(path, "second")
+    with serve(path) as client:
+
+        def status(key: str, method: str = "GET") -> int:
+            if method == "GET":
+                return client.get("/readyz", headers=bearer(key)).status_code
+            return client.post("/v1/rewards", json=BODY, headers=bearer(key)).status_code
+
+        assert status(first, "POST") == 200
+        assert status(second) == 200
+        third = make_key(path, "third")
+        assert status(third) == 200
+        assert status(first, "POST") == 429, "what a key has used is not forgotten when another comes"
+        whole = path.read_text()
+        path.write_text("".join(line + "\n" for line in whole.splitlines() if '"second"' not in line))
+        assert [status(key) for key in (first, second, third)] == [200, 401, 200]
+        path.write_text(whole + "not a key\n")
+        assert [status(key) for key in (first, second, third)] == [200, 401, 200], "as before the half edit"
+        path.unlink()
+        assert [status(key) for key in (first, second, third)] == [200, 401, 200]
+        path.write_text("")
+        assert [status(key) for key in (first, second, third)] == [401, 401, 401]
+        assert client.get("/readyz").status_code == 401, "a server with keys never does without"
+        assert status(make_key(path, "fourth")) == 200
 
 
 def test_requests_of_a_minute(keys: Any) -> None:

@@ -1,12 +1,15 @@
-"""A model behind Ray actors: the same scores, and one that dies is made up for by the other."""
+"""A model behind Ray actors: the same scores, one that dies is made up for by the other, one that is dead stays so."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 
 from reward_server.config import RewardSection
-from reward_server.model_actor import ActorRunner, ModelActor
+from reward_server.model_actor import ActorReplica, ModelActor
+from reward_server.placement import model_spec, placed_models
+from reward_server.replicas import ReplicaLost, ReplicaRunner
 from reward_server.runner import ModelSpec
 from reward_server.schema import Item
 from reward_server.scorers.build import build_scorers
@@ -24,9 +27,9 @@ def test_replicas_score_like_a_local_model(ray_session: str, scoring_models: Any
     section = RewardSection.model_validate({"sources": {"s": source}})
     spec = ModelSpec(source["model"], None, "sequence", "float32", "auto", "reward.sources.s")
     remote: Any = ray.remote(num_cpus=1)(ModelActor)
-    replicas = [remote.remote(spec) for _ in range(2)]
+    actors = [remote.remote(spec) for _ in range(2)]
     try:
-        runner = ActorRunner(replicas, ray.get, load_s=240)
+        runner = ReplicaRunner("s", [ActorReplica(actor, ray, load_s=240) for actor in actors], restarts=1)
         there = build_scorers(section, runners={"s": runner})["s"]
         here = build_scorers(section)["s"]
         assert there.revision == here.revision
@@ -36,15 +39,52 @@ def test_replicas_score_like_a_local_model(ray_session: str, scoring_models: Any
 
         expected = values(here)
         assert values(there) == pytest.approx(expected, abs=1e-5)
-        ray.kill(replicas[0])
+        ray.kill(actors[0])
         for _ in range(3):
             assert values(there) == pytest.approx(expected, abs=1e-5)
-        ray.kill(replicas[1])
-        with pytest.raises(ray.exceptions.RayActorError):
+        assert runner.living() == 1
+        ray.kill(actors[1])
+        with pytest.raises(ReplicaLost, match="a model's actor died"):
+            values(there)
+        time.sleep(1.5)  # its one try to come back: Ray starts none of these again
+        with pytest.raises(ReplicaLost, match="no replica of s lives"):
             values(there)
         absent = remote.remote(ModelSpec("/nowhere", None, "sequence", "float32", "auto", "reward.sources.s"))
-        with pytest.raises((UserError, ray.exceptions.RayActorError), match="no such directory"):
-            ActorRunner([absent], ray.get, load_s=240)
+        with pytest.raises(UserError, match="no such directory"):
+            ReplicaRunner("s", [ActorReplica(absent, ray, load_s=240)], restarts=1)
     finally:
-        for replica in replicas:
-            ray.kill(replica)
+        for actor in actors:
+            ray.kill(actor)
+
+
+@pytest.mark.slow
+def test_a_judge_in_vllm_says_what_it_says_in_transformers(ray_session: str, scoring_models: Any) -> None:
+    import ray
+
+    assert ray_session
+    judge = {"kind": "judge", "model": str(scoring_models["causal"]), "min_mass": 0.0, "max_tokens": 600}
+    sources = {"compare": judge, "rate": {**judge, "mode": "rate"}}
+    items = [item.model_copy(update={"reference": "In Norway."}) for item in ITEMS]
+
+    def section(**more: Any) -> RewardSection:
+        return RewardSection.model_validate({"sources": {name: {**one, **more} for name, one in sources.items()}})
+
+    there = section(engine="vllm", kv_cache_mib=64)
+    remote: Any = ray.remote(num_cpus=1)(ModelActor)
+    # Both sources ask the same of the same model: one actor answers for both.
+    actor = remote.remote(model_spec("compare", placed_models(there)["compare"]))
+    try:
+        runner = ReplicaRunner("s", [ActorReplica(actor, ray, load_s=240)], restarts=1)
+        assert runner.facts.max_tokens == 600
+        asked, expected = (build_scorers(there, runners=dict.fromkeys(sources, runner)), build_scorers(section()))
+        for name in sources:
+            said, known = (list(asyncio.run(scorers[name].score(items))) for scorers in (asked, expected))
+            for one, other in zip(said, known, strict=True):
+                assert one.component.value == pytest.approx(other.component.value, abs=1e-4)
+                assert one.component.detail == pytest.approx(other.component.detail, abs=1e-4)
+            assert len({one.component.value for one in said}) > 1
+        absent = remote.remote(ModelSpec(judge["model"], None, "choice", "float32", "auto", "s", "vllm", 100_000))
+        with pytest.raises(UserError, match="vLLM does not start"):
+            ReplicaRunner("s", [ActorReplica(absent, ray, load_s=240)], restarts=1)
+    finally:
+        ray.kill(actor)

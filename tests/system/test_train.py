@@ -49,6 +49,11 @@ def test_a_run_leaves_what_the_contract_says(attune: Attune, recipe: Recipe, tmp
     assert {row["staleness/max"] for row in metrics} == {0.0}
     assert max(row["policy/first_log_ratio_max"] for row in metrics) < 1e-5
 
+    # Every step says by which revision of the recipe it was scored: one, where nobody intervened.
+    revisions = {tuple(row["reward/revisions"]) for row in metrics}
+    assert len(revisions) == 1
+    assert all(revisions.pop())
+
     # What the rollouts recorded is what the learner computes.
     assert max(row["drift/logprob_max"] for row in metrics) < 1e-5
     assert max(row["drift/attention_max"] for row in metrics) < 1e-5

@@ -81,6 +81,8 @@ def test_a_prompt_that_is_held_out_is_not_trained_on(tmp_path):
         (b'{"prompt": []}', "the prompt is empty"),
         (b'{"prompt": [{"role": "user", "content": " "}]}', "the prompt is empty"),
         (b'{"prompt": [{"role": "system", "content": "x"}]}', "must be the user's"),
+        (b'{"prompt": "x", "prompt_class": 3}', "'prompt_class' is int, not text"),
+        (b'{"prompt": "x", "prompt_class": "Red team"}', "'Red team', allowed are names of a-z"),
         (b'{"prompt": "x", "split": "tset"}', "'tset', allowed are train"),
     ],
 )
@@ -112,6 +114,21 @@ def test_columns_by_name_and_by_custom(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"q": "Hi?", "answer": "a", "facts": ["f"], "keywords": "k"}])
     (prompt,) = load_prompts(section(path, columns=Columns(prompt="q"), test_fraction=0, validation_fraction=0)).train
     assert (prompt.text, prompt.reference, prompt.facts, prompt.keywords) == ("Hi?", "a", ("f",), ("k",))
+
+
+def test_a_prompts_class_is_its_rows_or_the_sources(tmp_path):
+    rows = [{"prompt": "a", "prompt_class": "reasoning", "kind": "x"}, {"prompt": "b", "kind": "red_team"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    whole = {"test_fraction": 0, "validation_fraction": 0}
+
+    def classes(**fields):
+        return [prompt.prompt_class for prompt in load_prompts(section(path, **whole, **fields)).train]
+
+    assert classes() == ["reasoning", None]
+    assert classes(prompt_class="chat") == ["reasoning", "chat"]
+    assert classes(columns=Columns(prompt_class="kind")) == ["x", "red_team"]
+    with pytest.raises(ValidationError, match="prompt_class"):
+        section(path, prompt_class="No name")
 
 
 def test_messages_end_with_the_user_and_an_assistant_at_the_end_is_the_reference(tmp_path):
