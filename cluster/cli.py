@@ -301,8 +301,9 @@ def run_command(arguments: list[str] | None = None) -> int:
         return _complain(error, 1)
     except Exception as error:
         from cluster.supervise import PartFailed
+        from learner.commit import NoSpace
 
-        if isinstance(error, PartFailed):
+        if isinstance(error, PartFailed | NoSpace):
             return _complain(error, 1)
         raise
     return 0

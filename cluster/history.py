@@ -4,6 +4,7 @@ The committed manifest is the truth (invariant 1). It is cumulative, so that an 
 ids of every step it contains, the groups that failed and why, the best evaluation so far.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ import yaml
 
 from cluster.config import Config
 from cluster.run_dir import RunDir
-from learner.commit import Commit, drop_checkpoints_after, latest_committed, read_commit
+from learner.commit import Commit, latest_committed, read_commit, set_aside_after
 from services.errors import UserError
 from services.records import Failure
+
+log = logging.getLogger(__name__)
 
 FIXED = (
     ("run", "seed"),
@@ -96,6 +99,7 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
         latest = latest_committed(run.path)
         commit = latest.commit
         for problem in latest.problems:
+            log.error("%s; the commit before it is used", problem)
             run.event("checkpoint_refused", problem=problem)
     else:
         commit = read_commit(Path(resume))
@@ -120,7 +124,9 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
 def begin_incarnation(run: RunDir, history: History) -> None:
     """Cuts the run directory back to what the run goes on from, and notes that it does."""
     run.cut_back(history.steps_done)
-    drop_checkpoints_after(run.path, history.steps_done)
+    for aside in set_aside_after(run.path, history.steps_done):
+        log.warning("a checkpoint that the run does not go on from is set aside: %s", aside)
+        run.event("checkpoint_set_aside", path=str(aside))
     run.event("start", run_id=history.run_id, incarnation=history.incarnation, step=history.steps_done)
 
 

@@ -38,7 +38,16 @@ from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Superviso
 from cluster.training_data import TrainingData
 from cluster.weight_rounds import WeightRounds
 from learner.bad_batch import BadBatch
-from learner.commit import begin_checkpoint, commit_checkpoint, prune_checkpoints
+from learner.commit import (
+    NoSpace,
+    begin_checkpoint,
+    check_space,
+    commit_checkpoint,
+    give_up_checkpoint,
+    is_full_disk,
+    needed_bytes,
+    prune_checkpoints,
+)
 from services.errors import PlanError
 from services.records import PolicyVersion
 from services.stream.ledger import Ledger
@@ -49,6 +58,10 @@ log = logging.getLogger(__name__)
 
 KEEP_VERSIONS = 2
 """Published sets of weights that are kept: the newest, and the one that an actor may still be reading."""
+
+
+LEAST_BYTES = 12
+"""Of a checkpoint, a parameter: its float32 master and Adam's two moments."""
 
 
 @dataclass(frozen=True)
@@ -379,19 +392,31 @@ class Training:
         began = time.monotonic()
         self.progress.phase("writing a checkpoint")
         steps = self.history.steps_done
+        needed = needed_bytes(self.run.path, self.learners.parameters * LEAST_BYTES)
+        check_space(self.run.path, needed)
         partial = begin_checkpoint(self.run.path, steps)
-        self.open_step = steps  # nothing else may be asked of the learner while it writes
-        self.learners.call(
-            "save_checkpoint", str(partial), what=f"checkpoint step_{steps}", seconds=self.config.checkpoint.timeout_s
-        )
-        self.open_step = None
-        self.batches.note_failures()
-        commit_checkpoint(partial, self.history.manifest())
+        try:
+            self.open_step = steps  # nothing else may be asked of the learner while it writes
+            self.learners.call(
+                "save_checkpoint",
+                str(partial),
+                what=f"checkpoint step_{steps}",
+                seconds=self.config.checkpoint.timeout_s,
+            )
+            self.open_step = None
+            self.batches.note_failures()
+            commit_checkpoint(partial, self.history.manifest())
+        except (PartFailed, OSError) as error:
+            if isinstance(error.__cause__, NoSpace) or is_full_disk(error):
+                give_up_checkpoint(self.run.path, steps)
+                check_space(self.run.path, needed)  # says how much is missing
+            raise
         uncommitted = range(self.history.committed_steps, steps)
         self.batches.commit({step: self.history.steps[step] for step in uncommitted})
         self.history.committed_steps = steps
         self.supervisor.budget.committed()
-        prune_checkpoints(self.run.path, self.config.checkpoint.keep)
+        best = self.history.best.get("step") if self.config.checkpoint.keep_best else None
+        prune_checkpoints(self.run.path, self.config.checkpoint.keep, None if best is None else int(best) + 1)
         self.last_commit_s = time.monotonic() - began
         self.run.event("committed", step=steps)
 
