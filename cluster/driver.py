@@ -51,7 +51,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
         with ExitStack() as stack:
             stop = stack.enter_context(stop_request())
             url = stack.enter_context(stream_url(config, run))
-            ledger = open_ledger(url, history.run_id, config.stream)
+            ledger = open_ledger(url, history.run_id, config.stream, lease_losses=config.rollout.lease_losses)
             ray = stack.enter_context(ray_cluster(config.cluster))
             stop.install()
             nodes = nodes_of_ray(ray.nodes())

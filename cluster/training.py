@@ -166,6 +166,7 @@ class Training:
     def _reconcile(self) -> None:
         """The ledger becomes the projection of the manifest, before any lease."""
         done = sum(len(groups) for groups in self.history.steps.values()) + len(self.history.failed)
+        self.ledger.claim()
         self.feed.register(self.ledger, done + self._window())
         report = self.ledger.reconcile(self.history.steps, self.history.failed)
         self.run.event("reconciled", **report)

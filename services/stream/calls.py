@@ -22,7 +22,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from services.stream.errors import LedgerError, StreamFull, StreamLost, StreamUnavailable
+from services.stream.errors import LedgerError, LedgerLost, StreamFull, StreamLost, StreamUnavailable
 
 T = TypeVar("T")
 Argument = str | int | float | bytes
@@ -106,6 +106,8 @@ def _translated(error: ResponseError, where: str) -> Exception:
     text = str(error)
     if text.startswith("LEDGER "):
         return LedgerError(text.removeprefix("LEDGER "))
+    if text.startswith("LOST "):
+        return LedgerLost(f"{where}: {text.removeprefix('LOST ')}")
     if text.startswith("MISCONF") or "OOM command not allowed" in text:
         return StreamFull(f"{where} refuses writes: {text}")
     return error

@@ -1,4 +1,6 @@
 -- ARGV: epoch, then pairs (group id, order). New groups become pending; known ones are left as they are.
+local broken = broken_chain()
+if broken then return broken end
 local epoch, made = ARGV[1], 0
 for i = 2, #ARGV, 2 do
   local known = redis.call('HMGET', group_key(ARGV[i]), 'order', 'epoch')
@@ -19,4 +21,5 @@ for i = 2, #ARGV, 2 do
     redis.call('ZADD', state_key(known[1]), order, id)
   end
 end
+mark()
 return made
