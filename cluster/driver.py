@@ -3,7 +3,7 @@ down."""
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -25,6 +25,7 @@ from learner.commit import drop_checkpoints_after
 from rollout.worker import check_engine
 from services.errors import UserError
 from services.stream.embedded import EmbeddedRedis
+from services.stream.keeper import KeptRedis
 from services.stream.ledger import open_ledger
 from services.telemetry import Telemetry
 
@@ -50,7 +51,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             return Outcome(None, history.steps_done, history.committed_steps, 0.0)
         with ExitStack() as stack:
             stop = stack.enter_context(stop_request())
-            url = stack.enter_context(stream_url(config, run))
+            url, check_stream = stack.enter_context(stream_of(config, run))
             ledger = open_ledger(url, history.run_id, config.stream, lease_losses=config.rollout.lease_losses)
             ray = stack.enter_context(ray_cluster(config.cluster))
             stop.install()
@@ -66,7 +67,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             supervisor = Supervisor(ray, run, ledger, config.cluster.restarts, config.cluster.start_s)
             stack.callback(supervisor.stop)
             training = Training(
-                config, run, history, data, ledger, supervisor, stop, weights_dir, url, telemetry, console
+                config, run, history, data, ledger, supervisor, stop, weights_dir, url, telemetry, console, check_stream
             )
             if resume not in ("auto", "never"):
                 ledger.flush()  # an older commit was asked for: what came after it is generated again
@@ -110,13 +111,17 @@ def check_reach(config: Config, nodes: int) -> None:
 
 
 @contextmanager
-def stream_url(config: Config, run: RunDir) -> Iterator[str]:
-    """The URL of the recipe's Redis, or of one that is a child of this process, with its data in the run directory."""
+def stream_of(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The URL of the recipe's Redis, or of one that is a child of this process, with its data in the run directory.
+
+    With it a check that raises where the child is down for good.
+    """
     if config.stream.url is not None:
-        yield config.stream.resolved_url()
+        yield config.stream.resolved_url(), lambda: None
         return
-    with EmbeddedRedis(run.redis, config.stream.appendfsync, maxmemory_mb=config.stream.maxmemory_mb) as server:
-        yield server.url
+    server = EmbeddedRedis(run.redis, config.stream.appendfsync, maxmemory_mb=config.stream.maxmemory_mb)
+    with KeptRedis(server, restarts=config.stream.restarts, told=run.event) as kept:
+        yield server.url, kept.check
 
 
 @contextmanager

@@ -37,16 +37,23 @@ class Feed:
         """Registers every epoch that begins at or before place `order`, each whole; idempotent."""
         n = len(self._prompts)
         while self._registered < self._epochs and self._registered * n <= order:
-            epoch = self._registered
-            permutation = epoch_order(n, self._seed, epoch)
-            groups: list[tuple[str, int]] = []
-            for place, index in enumerate(permutation):
-                prompt = self._prompts[index]
-                group_id = group_id_of(epoch, prompt.prompt_id)
-                self._by_group[group_id] = prompt
-                groups.append((group_id, epoch * n + place))
-            ledger.register(epoch, groups)
+            self._register_epoch(ledger, self._registered)
             self._registered += 1
+
+    def register_again(self, ledger: Ledger) -> None:
+        """Registers what was registered before, in a ledger that may have lost it."""
+        for epoch in range(self._registered):
+            self._register_epoch(ledger, epoch)
+
+    def _register_epoch(self, ledger: Ledger, epoch: int) -> None:
+        n = len(self._prompts)
+        groups: list[tuple[str, int]] = []
+        for place, index in enumerate(epoch_order(n, self._seed, epoch)):
+            prompt = self._prompts[index]
+            group_id = group_id_of(epoch, prompt.prompt_id)
+            self._by_group[group_id] = prompt
+            groups.append((group_id, epoch * n + place))
+        ledger.register(epoch, groups)
 
     @property
     def all_registered(self) -> bool:

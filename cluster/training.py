@@ -12,6 +12,7 @@ between any two of these leaves either the old commit or the new one as the trut
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from cluster.learners import LearnerGroup, start_learners
 from cluster.parts import start_rewards, start_rollouts, wait_for_rollouts
 from cluster.plan import parts_of
 from cluster.progress import RunProgress
+from cluster.recovery import Recovery
 from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
 from cluster.summary import write_summary
@@ -79,6 +81,7 @@ class Training:
         url: str,
         telemetry: Telemetry,
         console: Console,
+        check_stream: Callable[[], None],
     ) -> None:
         self.config = config
         self.run = run
@@ -91,6 +94,7 @@ class Training:
         self.url = url
         self.telemetry = telemetry
         self.console = console
+        self.check_stream = check_stream
         self.parts = parts_of(config)
         self.feed = Feed(
             data.splits.train,
@@ -99,6 +103,7 @@ class Training:
             steps=config.run.steps,
             groups_per_step=config.run.groups_per_step,
         )
+        self.recovery = Recovery(ledger, self.feed, history, run, window=self._window(), lease_s=config.rollout.lease_s)
         self.started = time.monotonic()
         self.open_step: int | None = None
         """The step that is begun and not yet recorded."""
@@ -230,7 +235,7 @@ class Training:
         trained_at = time.monotonic()
         self.history.steps[step] = groups
         publish_s = self._open_gate(step + 1)
-        self._record(step, groups, result, began=began, batch_at=batch_at, trained_at=trained_at, publish_s=publish_s)
+        self._record(step, result, began=began, batch_at=batch_at, trained_at=trained_at, publish_s=publish_s)
         self.open_step = None
         if (step + 1) % self.config.checkpoint.every == 0:
             self._commit()
@@ -248,7 +253,7 @@ class Training:
         moved = time.monotonic()
         while True:
             groups = self.ledger.take(step, size, final=self.feed.all_registered, oldest_step=oldest)
-            if groups is not None:
+            if groups is not None and self.recovery.hold(step, groups):
                 return groups
             counts = self.ledger.counts()
             if counts != last_counts:
@@ -289,7 +294,6 @@ class Training:
     def _record(
         self,
         step: int,
-        groups: list[str],
         result: dict[str, Any],
         *,
         began: float,
@@ -318,8 +322,8 @@ class Training:
             "incarnation": self.history.incarnation,
         }
         self._busy_before = busy
-        fetched = self.ledger.fetch(groups)
-        self.run.write_samples(step, fetched, result["samples"])
+        assert self.recovery.batch is not None
+        self.run.write_samples(step, self.recovery.batch[1], result["samples"])
         if self.evaluator is not None and (step + 1) % self.config.evaluation.every == 0:
             metrics |= self._evaluate(step)
         self.run.write_metrics(step, metrics)
@@ -367,8 +371,8 @@ class Training:
         self._note_failures()
         commit_checkpoint(partial, self.history.manifest())
         uncommitted = range(self.history.committed_steps, steps)
+        self.history.committed_steps = steps  # from here on it is the truth, whatever becomes of the ledger
         self.ledger.commit({step: self.history.steps[step] for step in uncommitted})
-        self.history.committed_steps = steps
         prune_checkpoints(self.run.path, self.config.checkpoint.keep)
         self.last_commit_s = time.monotonic() - began
         self.run.event("committed", step=steps)
@@ -393,3 +397,5 @@ class Training:
 
     def _tick(self) -> None:
         self.stop.check()
+        self.check_stream()
+        self.recovery.look()

@@ -15,7 +15,7 @@ Invariants, and where each is kept:
 
 4. What the driver writes is a chain of calls: Redis keeps the name of the last, and a call that does not follow on it
    is refused. So a Redis that came back empty, or without its last second, is noticed by the first call that could
-   build on what is lost; `on_lost` then restores what the driver knows, and the call is made again.
+   build on what is lost; `on_lost` then makes the ledger anew from what the driver knows, and the call is made again.
 
 A call whose reply was lost is sent again with the same token and gets the reply it had: nothing happens twice.
 What crosses is msgpack and JSON. Keys begin with `attune:{RUN}:`; core commands of Redis 6.2 only.
@@ -46,8 +46,8 @@ LEASE_EXPIRED = Failure(
 )
 OWNER_DIED = Failure(kind="infra", code="owner_died", message="the actor that held the group died")
 
-RESTORES = 3
-"""Times that one call has the ledger restored and is made again, where Redis keeps losing it."""
+REBUILDS = 3
+"""Times that one call has the ledger made anew and is made again, where Redis keeps losing it."""
 
 _LOOK_AGAIN_S = 0.2
 
@@ -86,8 +86,8 @@ class Ledger(Account):
         self.opened: Gate | None = None
         """The gate as this object opened it last."""
         self.on_lost: Callable[[], None] | None = None
-        """Restores what Redis has lost (`claim`, `register`, `restore`, the gate). None: the call raises LedgerLost."""
-        self._restoring = False
+        """Makes anew what Redis has lost (`forget` ... `rebuild`, the gate). None: the call raises LedgerLost."""
+        self._rebuilding = False
 
     # ---- the driver: what there is to do
 
@@ -166,13 +166,16 @@ class Ledger(Account):
 
         Waits up to `block_ms` for new ones, and never longer than half the client's socket timeout.
         """
-        try:
-            rows = self._read(consumer, count, block_ms, min_idle_ms)
-        except redis.ResponseError as error:
-            if not str(error).startswith("NOGROUP"):
-                raise
-            self._make_consumer_group()  # the first reader of a run, or a Redis that came back empty
-            rows = self._read(consumer, count, block_ms, min_idle_ms)
+        rows: list[Any] = []
+        for _ in range(2):
+            try:
+                rows = self._read(consumer, count, block_ms, min_idle_ms)
+                break
+            except redis.ResponseError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+                # The first reader of a run, a Redis that came back empty, a ledger that was made anew meanwhile.
+                self._make_consumer_group()
         return [(text(entry), decode_group(fields[b"group"])) for entry, fields in rows]
 
     def _read(self, consumer: str, count: int, block_ms: int, min_idle_ms: int) -> list[Any]:
@@ -289,38 +292,6 @@ class Ledger(Account):
         batches come out the same. Claims the ledger.
         Returns how many groups went back, by where to: {"rescored": .., "pending": .., "uncommitted": ..}.
         """
-        return self._project(committed, failed, owners_live=False)
-
-    def restore(
-        self,
-        committed: Mapping[int, Sequence[str]],
-        failed: Mapping[str, Failure],
-        trained: Mapping[int, Sequence[str]],
-        batch: tuple[int, Sequence[Group]] | None,
-    ) -> dict[str, int]:
-        """`reconcile` in the middle of a run, where Redis has lost something and everybody else lives.
-
-        `trained`: steps that the learner has in it and no commit contains: consumed, so that nobody generates them
-        again. `batch`: the step under way and its groups, which go back onto the stream where they are lost. Owners
-        keep the leases that are still known; an answer to a lost one is late.
-        """
-        report = self._project(committed, failed, owners_live=True)
-        for step, groups in trained.items():
-            for chunk in chunks(groups):
-                self._driven("consume", step, *chunk)
-        if batch is not None:
-            step, samples = batch
-            self._driven("consume", step, *(group.group_id for group in samples))
-            for group in samples:
-                version = group.version
-                self._driven(
-                    "put_back", group.group_id, group.attempt, version.incarnation, version.step, encode_group(group)
-                )
-        return report
-
-    def _project(
-        self, committed: Mapping[int, Sequence[str]], failed: Mapping[str, Failure], *, owners_live: bool
-    ) -> dict[str, int]:
         step_of = {group: step for step, groups in committed.items() for group in groups}
         if len(step_of) != sum(map(len, committed.values())):
             raise LedgerError("the manifest holds a group twice")
@@ -332,22 +303,64 @@ class Ledger(Account):
         for chunk in chunks(stray):
             self._driven("uncommit", *chunk)
         self.commit(committed)
-        for chunk in chunks(list(failed.items())):
-            self._driven("mark_failed", *(value for i, why in chunk for value in (i, why.model_dump_json())))
-        rescored, pending = self._driven("sweep", int(owners_live))
+        self._mark_failed(failed)
+        rescored, pending = self._driven("sweep")
         return {"rescored": int(rescored), "pending": int(pending), "uncommitted": len(stray)}
 
-    def server_run(self) -> str:
-        """Names the server's process: another name is a Redis that was restarted, or another one in its place."""
-        return str(self._calls.command("INFO", "server")["run_id"])
+    def rebuild(
+        self,
+        committed: Mapping[int, Sequence[str]],
+        failed: Mapping[str, Failure],
+        trained: Mapping[int, Sequence[str]],
+        batch: tuple[int, Sequence[Group]] | None,
+    ) -> None:
+        """Makes the ledger anew in the middle of a run, where Redis has lost something and everybody else lives.
+
+        After `forget`, `claim` and `register`. `trained`: steps that the learner has in it and no commit contains:
+        consumed, so that nobody generates them again. `batch`: the step under way and its groups, whose samples go back
+        onto the stream. Everything else is pending: an answer to a lease of before is late.
+        """
+        self.commit(committed)
+        self._mark_failed(failed)
+        for step, groups in trained.items():
+            for chunk in chunks(groups):
+                self._driven("consume", step, *chunk)
+        if batch is not None:
+            step, samples = batch
+            self._driven("consume", step, *(group.group_id for group in samples))
+            for group in samples:
+                version = group.version
+                self._driven(
+                    "put_back", group.group_id, group.attempt, version.incarnation, version.step, encode_group(group)
+                )
+
+    def _mark_failed(self, failed: Mapping[str, Failure]) -> None:
+        for chunk in chunks(list(failed.items())):
+            self._driven("mark_failed", *(value for i, why in chunk for value in (i, why.model_dump_json())))
+
+    def look(self) -> tuple[str, bool]:
+        """The name of the server's process, and whether it holds what this object called last.
+
+        Another name is a Redis that was restarted, or another one in its place.
+        """
+        info, mark = self._calls.commands([("INFO", "server"), ("GET", self._key("mark"))])
+        return str(info["run_id"]), text(mark or "") == self._last_call
 
     def flush(self) -> None:
         """Forgets the run: removes every key of it and of no other."""
+        self._remove(keep=())
+
+    def forget(self) -> None:
+        """`flush`, but for the counters of what has happened."""
+        self._remove(keep=(self._key("counters").encode(),))
+
+    def _remove(self, *, keep: Sequence[bytes]) -> None:
         cursor = 0
         while True:
             cursor, keys = self._calls.command("SCAN", cursor, "MATCH", self._prefix + "*", "COUNT", 1000)
-            if keys:
-                self._calls.command("UNLINK", *keys)
+            gone = [key for key in keys if key not in keep]
+            if gone:
+                self._calls.command("UNLINK", *gone)
             if int(cursor) == 0:
                 self._last_call = ""
                 return
@@ -364,19 +377,19 @@ class Ledger(Account):
 
     def _driven(self, name: str, *args: Argument) -> Any:
         """A call in the driver's chain."""
-        for _ in range(RESTORES):
+        for _ in range(REBUILDS):
             try:
                 return self._next_in_chain(name, *args)
             except LedgerLost:
-                if self.on_lost is None or self._restoring:
+                if self.on_lost is None or self._rebuilding:
                     raise
-                self._restoring = True
+                self._rebuilding = True
                 try:
                     self.on_lost()
                 except LedgerLost:
                     continue  # lost again meanwhile
                 finally:
-                    self._restoring = False
+                    self._rebuilding = False
         return self._next_in_chain(name, *args)
 
     def _next_in_chain(self, name: str, *args: Argument) -> Any:

@@ -5,6 +5,7 @@
 local P = KEYS[1]
 local STREAM_GENERATED, STREAM_SCORED = P .. 'stream:generated', P .. 'stream:scored'
 local SCORERS = 'scorers'
+local STATES = { 'pending', 'leased', 'generated', 'scored', 'consumed', 'committed', 'failed' }
 
 local function group_key(id) return P .. 'group:' .. id end
 local function state_key(state) return P .. 'state:' .. state end
@@ -23,11 +24,12 @@ local function refuse(message) return redis.error_reply('LEDGER ' .. message) en
 -- two differ, this Redis has lost something that the driver wrote, or another driver has claimed the ledger; nothing may
 -- be built on that. ARGV ends with the two names: they are taken off it.
 local CALL = ''
+local function lost(what) return redis.error_reply('LOST ' .. what) end
 local function broken_chain()
   CALL = table.remove(ARGV)
   local before, mark = table.remove(ARGV), redis.call('GET', P .. 'mark') or ''
   if mark == before or mark == CALL then return false end
-  return redis.error_reply('LOST the ledger of this run is not where its driver left it')
+  return lost('the ledger of this run is not where its driver left it')
 end
 
 local function mark() redis.call('SET', P .. 'mark', CALL) end

@@ -1,8 +1,7 @@
 -- After the manifest's groups have their state: everything that a crash left in between.
--- ARGV: '1' where owners and scorers live and keep what they hold. Returns {returned to scored, returned to pending}.
+-- Returns {returned to scored, returned to pending}.
 local broken = broken_chain()
 if broken then return broken end
-local owners_live = ARGV[1] == '1'
 local scored, pending = 0, 0
 for _, id in ipairs(redis.call('ZRANGE', state_key('consumed'), 0, -1)) do
   -- Lower in order than all that was scored after it: taken again in the same step and place.
@@ -24,14 +23,12 @@ for _, id in ipairs(redis.call('ZRANGE', state_key('generated'), 0, -1)) do
     pending = pending + 1
   end
 end
-if not owners_live then
-  for _, id in ipairs(redis.call('ZRANGE', state_key('leased'), 0, -1)) do
-    move(id, 'leased', 'pending')
-    pending = pending + 1
-  end
-  -- What scorers had been given and not finished is given out again at once, not after its idle time.
-  if redis.call('EXISTS', STREAM_GENERATED) == 1 then redis.call('XGROUP', 'DESTROY', STREAM_GENERATED, SCORERS) end
-  redis.call('XGROUP', 'CREATE', STREAM_GENERATED, SCORERS, '0', 'MKSTREAM')
+for _, id in ipairs(redis.call('ZRANGE', state_key('leased'), 0, -1)) do
+  move(id, 'leased', 'pending')
+  pending = pending + 1
 end
+-- What scorers had been given and not finished is given out again at once, not after its idle time.
+if redis.call('EXISTS', STREAM_GENERATED) == 1 then redis.call('XGROUP', 'DESTROY', STREAM_GENERATED, SCORERS) end
+redis.call('XGROUP', 'CREATE', STREAM_GENERATED, SCORERS, '0', 'MKSTREAM')
 mark()
 return { scored, pending }

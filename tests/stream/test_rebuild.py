@@ -1,5 +1,7 @@
 """A Redis that comes back empty, or without its last writes, while driver, learner and actors live."""
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import uuid4
@@ -8,6 +10,7 @@ import pytest
 import redis
 
 from services.records import PolicyVersion
+from services.stream.connect import connect
 from services.stream.errors import LedgerError, LedgerLost
 from services.stream.ledger import Ledger, Wait
 
@@ -35,10 +38,11 @@ class Driver:
         self.ledger.open_gate(V1, "w2", 10)
         self.batch: tuple[int, Sequence[Any]] | None = None
 
-    def restore(self) -> None:
+    def make_anew(self) -> None:
+        self.ledger.forget()
         self.ledger.claim()
         self.ledger.register(0, [(group_id, n) for n, group_id in enumerate(self.ids)])
-        self.ledger.restore(self.committed, self.failed, self.trained, self.batch)
+        self.ledger.rebuild(self.committed, self.failed, self.trained, self.batch)
         self.attach()
         gate = self.ledger.opened
         assert gate is not None
@@ -55,7 +59,7 @@ class Driver:
 
 @pytest.fixture
 def driver(client: redis.Redis, new_desk: Any) -> Iterator[Driver]:
-    made = Driver(new_desk(Ledger(client, f"restore-{uuid4().hex[:8]}")))
+    made = Driver(new_desk(Ledger(client, f"anew-{uuid4().hex[:8]}")))
     yield made
     made.ledger.flush()
 
@@ -82,11 +86,11 @@ def test_every_write_of_the_driver_notices_an_empty_redis(driver: Driver, client
     assert ledger.lease("actor", V1, 9) == Wait("gate")
 
 
-def test_a_restored_ledger_is_what_the_driver_knows(driver: Driver, client: redis.Redis) -> None:
+def test_a_ledger_made_anew_is_what_the_driver_knows(driver: Driver, client: redis.Redis) -> None:
     assert driver.states() == ["committed"] * 2 + ["consumed"] * 2 + ["scored", "leased", "failed"] + ["pending"] * 3
-    driver.ledger.on_lost = driver.restore
+    driver.ledger.on_lost = driver.make_anew
     empty(driver, client)
-    assert driver.ledger.take(2, STEP) is None  # noticed, restored, asked again
+    assert driver.ledger.take(2, STEP) is None  # noticed, made anew, asked again
     assert driver.states() == ["committed"] * 2 + ["consumed"] * 2 + ["pending"] * 2 + ["failed"] + ["pending"] * 3
     driver.desk.make_scored(5, V1)
     assert driver.ledger.take(2, STEP) == driver.ids[4:6]
@@ -95,18 +99,34 @@ def test_a_restored_ledger_is_what_the_driver_knows(driver: Driver, client: redi
     assert {row.step for row in driver.ledger.list("committed")} == {0, 1, 2}
 
 
-def test_what_lives_goes_on_where_nothing_of_it_was_lost(driver: Driver) -> None:
-    """Restored although it was whole, as after any restart: leases, scored and generated groups stay as they are."""
+def test_answers_to_leases_of_before_are_late_and_the_counters_stay(driver: Driver) -> None:
     lease = driver.desk.lease("slow", V1)
     driver.desk.generate(1, V1)
     ((entry, group),) = driver.ledger.read_generated("scorer", 9, 1, 60_000)
-    before, counters = driver.states(), driver.ledger.counters()
-    driver.restore()
-    driver.restore()
-    assert driver.states() == before
-    assert driver.ledger.put_scored(entry, driver.desk.scored(group))
-    assert driver.ledger.put_generated(driver.desk.group_of(lease, V1))
+    counters = driver.ledger.counters()
+    assert counters == {"failures_data": 1}
+    driver.make_anew()
     assert driver.ledger.counters() == counters
+    assert not driver.ledger.put_scored(entry, driver.desk.scored(group))
+    assert not driver.ledger.put_generated(driver.desk.group_of(lease, V1))
+    assert driver.ledger.read_generated("scorer", 9, 1, 60_000) == []
+    assert driver.ledger.counters() == {**counters, "late": 1, "late_scores": 1}
+
+
+@pytest.mark.parametrize("torn", ["in no state", "in two", "in another"])
+def test_a_ledger_that_is_torn_is_noticed_by_its_registration(driver: Driver, client: redis.Redis, torn: str) -> None:
+    """What a script wrote in part: it writes hash and sets in one, so they never differ otherwise."""
+    group, prefix = driver.ids[4], driver.ledger._prefix
+    if torn != "in two":
+        client.zrem(f"{prefix}state:scored", group)
+    if torn != "in no state":
+        client.zadd(f"{prefix}state:pending", {group: 4})
+    again = [(group_id, n) for n, group_id in enumerate(driver.ids)]
+    with pytest.raises(LedgerLost, match=rf"group {group} is not in the one state"):
+        driver.ledger.register(0, again)
+    driver.ledger.on_lost = driver.make_anew
+    driver.ledger.register(0, again)
+    assert driver.states() == ["committed"] * 2 + ["consumed"] * 2 + ["pending"] * 2 + ["failed"] + ["pending"] * 3
 
 
 def test_the_batch_in_hand_goes_back_onto_the_stream(driver: Driver, client: redis.Redis) -> None:
@@ -119,10 +139,10 @@ def test_the_batch_in_hand_goes_back_onto_the_stream(driver: Driver, client: red
     empty(driver, client)
     with pytest.raises(LedgerError, match="unknown"):
         driver.ledger.fetch(batch)
-    driver.restore()
+    driver.make_anew()
     assert driver.ledger.fetch(batch) == groups
     assert driver.ledger.take(2, STEP) == batch
-    driver.restore()  # nothing is put back twice
+    driver.ledger.rebuild(driver.committed, driver.failed, driver.trained, driver.batch)  # nothing is put back twice
     assert client.xlen(f"{driver.ledger._prefix}stream:scored") == 2
     # The driver dies after all: the batch is taken again, in the same step and order.
     driver.ledger.reconcile(driver.committed, driver.failed)
@@ -163,14 +183,15 @@ def test_a_tail_that_was_lost_is_noticed_before_anything_is_trained_twice(
     for key, value in past[max(0, len(events) - lost)].items():
         client.restore(key, 0, value)
 
-    def restore() -> None:
+    def make_anew() -> None:
+        ledger.forget()
         ledger.claim()
         ledger.register(0, [(group_id, n) for n, group_id in enumerate(ids)])
-        ledger.restore({0: ids[:2]}, {}, {1: ids[2:4]}, None)
+        ledger.rebuild({0: ids[:2]}, {}, {1: ids[2:4]}, None)
         ledger.attach({group_id: desk.prompt_of(group_id) for group_id in ledger.missing_payload(9)})
         ledger.open_gate(PolicyVersion(0, 2), "w2", 6)
 
-    ledger.on_lost = restore
+    ledger.on_lost = make_anew
     assert ledger.take(2, 2, final=True) is None  # the last two are not yet generated
     assert [row.step for row in ledger.list("consumed")] == [1, 1]
     desk.make_scored(2, PolicyVersion(0, 2))
@@ -193,21 +214,44 @@ def test_an_earlier_driver_is_refused(desk: Any, client: redis.Redis) -> None:
 
 
 def test_a_ledger_that_is_lost_again_and_again_is_given_up(driver: Driver, client: redis.Redis) -> None:
-    restored = 0
+    rebuilt = 0
 
-    def restore() -> None:
-        nonlocal restored
-        restored += 1
-        driver.restore()
+    def make_anew() -> None:
+        nonlocal rebuilt
+        rebuilt += 1
+        driver.make_anew()
         empty(driver, client)
 
-    driver.ledger.on_lost = restore
+    driver.ledger.on_lost = make_anew
     empty(driver, client)
     with pytest.raises(LedgerLost):
         driver.ledger.take(2, STEP)
-    assert restored == 3
+    assert rebuilt == 3
 
 
 def test_groups_that_are_put_back_are_waited_for(driver: Driver) -> None:
     with pytest.raises(LedgerError, match="0:p9"):
         driver.ledger.fetch(["0:p9"], wait_s=0.3)
+
+
+def test_a_scorer_that_waits_while_the_ledger_is_made_anew_reads_on(driver: Driver, server: Any) -> None:
+    reader = Ledger(connect(server.url), driver.ledger._prefix.removeprefix("attune:{").removesuffix("}:"))
+    found: list[Any] = []
+    failed: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            while not found:
+                found.extend(reader.read_generated("scorer", 9, 2_000, 60_000))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for _ in range(3):
+        time.sleep(0.1)
+        driver.make_anew()
+    driver.desk.generate(1, V1)
+    thread.join(10)
+    assert not failed
+    assert [group.group_id for _, group in found] == [driver.ids[4]]
