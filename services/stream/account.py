@@ -104,13 +104,23 @@ class Account:
             for i in self._calls.command("ZRANGE", self._key(f"state:{state}"), 0, -1 if limit is None else limit - 1)
         ]
 
-    def list(self, state: GroupState, limit: int | None = None) -> Iterator[GroupRow]:
-        """The groups in a state, in lease order, with all that is known of them."""
-        for chunk in chunks(self.ids(state, limit)):
+    def states(self) -> dict[GroupState, Sequence[str]]:
+        """Every group, by its state at one moment, in lease order."""
+        reads = [("ZRANGE", self._key(f"state:{state}"), 0, -1) for state in STATES]
+        replies = self._calls.commands(reads, at_once=True)
+        return {state: [text(i) for i in ids] for state, ids in zip(STATES, replies, strict=True)}
+
+    def rows(self, state: GroupState, ids: Sequence[str]) -> Iterator[GroupRow]:
+        """All that is known of these groups, which were in this state."""
+        for chunk in chunks(ids):
             replies = self._calls.commands([("HMGET", self._key(f"group:{i}"), *_FIELDS) for i in chunk])
             for group_id, values in zip(chunk, replies, strict=True):
                 if values[0] is not None:  # else the run was forgotten in between
                     yield _row(group_id, state, dict(zip(_FIELDS, values, strict=True)))
+
+    def list(self, state: GroupState, limit: int | None = None) -> Iterator[GroupRow]:
+        """The groups in a state, in lease order, with all that is known of them."""
+        return self.rows(state, self.ids(state, limit))
 
     def now(self) -> float:
         """Redis's clock (Unix time, s), by which leases end."""

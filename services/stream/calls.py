@@ -68,11 +68,11 @@ class Calls:
 
         return self._patiently(f"the ledger's {name}", call)
 
-    def commands(self, all_args: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Several commands that only read, in one round trip."""
+    def commands(self, all_args: Sequence[Sequence[Argument]], *, at_once: bool = False) -> list[Any]:
+        """Several commands that only read, in one round trip; with `at_once`, nothing comes between them."""
 
         def call() -> list[Any]:
-            with self._client.pipeline(transaction=False) as pipe:  # pyright: ignore[reportUnknownMemberType]
+            with self._client.pipeline(transaction=at_once) as pipe:  # pyright: ignore[reportUnknownMemberType]
                 for args in all_args:
                     pipe.execute_command(*args)  # pyright: ignore[reportUnknownMemberType]
                 return pipe.execute()
