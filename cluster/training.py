@@ -236,7 +236,6 @@ class Training:
         limit = self.batches.limit(step)
         if self.rounds is not None:
             self.batches.give_prompts(step)
-            self.batches.opened(version)
             self.rounds.publish(version, limit)
             return time.monotonic() - began
         manifest = self.learners.call(
@@ -248,7 +247,6 @@ class Training:
         )
         self.batches.give_prompts(step)
         self.ledger.open_gate(version, manifest, limit)
-        self.batches.opened(version)
         published = sorted(self.weights_dir.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in published[:-KEEP_VERSIONS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -273,9 +271,9 @@ class Training:
         trained_at = time.monotonic()
         self.history.steps[step] = groups
         if result["bad"] is not None:
-            self._skip(step, groups, result["bad"])
+            self._skip(step, result["bad"])
         publish_s = self._open_gate(step + 1)
-        self._record(step, groups, result, began=began, batch_at=batch_at, trained_at=trained_at, publish_s=publish_s)
+        self._record(step, result, began=began, batch_at=batch_at, trained_at=trained_at, publish_s=publish_s)
         self.open_step = None
         if (step + 1) % self.config.checkpoint.every == 0:
             self._commit()
@@ -294,19 +292,19 @@ class Training:
             )
         except PartFailed as failed:
             if isinstance(failed.__cause__, BadBatch):
-                kept = self.run.write_bad_batch(step, self.batches.fetch(groups), str(failed.__cause__))
+                kept = self.run.write_bad_batch(step, self.batches.under_way(step), str(failed.__cause__))
                 self.run.event("bad_batch", step=step, why=str(failed.__cause__), action="stop", samples=str(kept))
                 raise PartFailed(f"{failed.__cause__}; its samples are in {kept}") from failed
             raise
 
-    def _skip(self, step: int, groups: list[str], why: str) -> None:
+    def _skip(self, step: int, why: str) -> None:
         """The step's batch was not trained on.
 
         Raises:
             PartFailed: so were too many before it.
         """
         self.history.skipped[step] = why
-        kept = self.run.write_bad_batch(step, self.batches.fetch(groups), why)
+        kept = self.run.write_bad_batch(step, self.batches.under_way(step), why)
         self.run.event("bad_batch", step=step, why=why, action="skip", samples=str(kept))
         log.warning("%s; the step is skipped, its samples are in %s", why, kept)
         if (row := self.history.skipped_in_a_row()) > self.config.learner.bad_batch.most:
@@ -331,7 +329,6 @@ class Training:
     def _record(
         self,
         step: int,
-        groups: list[str],
         result: dict[str, Any],
         *,
         began: float,
@@ -339,7 +336,7 @@ class Training:
         trained_at: float,
         publish_s: float,
     ) -> None:
-        fetched = self.batches.fetch(groups)
+        fetched = self.batches.under_way(step)
         timing = Timing(began, batch_at, trained_at, publish_s, self.started)
         counters = self.supervisor.rollout_counters()
         metrics: dict[str, float] = {
@@ -412,8 +409,8 @@ class Training:
                 check_space(self.run.path, needed)  # says how much is missing
             raise
         uncommitted = range(self.history.committed_steps, steps)
+        self.history.committed_steps = steps  # from here on it is the truth, whatever becomes of the ledger
         self.batches.commit({step: self.history.steps[step] for step in uncommitted})
-        self.history.committed_steps = steps
         self.supervisor.budget.committed()
         best = self.history.best.get("step") if self.config.checkpoint.keep_best else None
         prune_checkpoints(self.run.path, self.config.checkpoint.keep, None if best is None else int(best) + 1)
@@ -443,3 +440,4 @@ class Training:
 
     def _tick(self) -> None:
         self.stop.check()
+        self.batches.look()

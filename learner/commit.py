@@ -92,15 +92,14 @@ def commit_checkpoint(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
     return final
 
 
-def read_commit(directory: str | Path) -> Commit:
-    """A committed checkpoint, every file of it verified against the manifest.
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a committed checkpoint. That it is the one that was committed is verified, the files are not.
 
     Raises:
-        UserError: what is wrong with it, and the file concerned.
+        UserError: what is wrong with it.
     """
     path = Path(directory)
-    match = _STEP.fullmatch(path.name)
-    if not path.is_dir() or match is None:
+    if not path.is_dir() or _STEP.fullmatch(path.name) is None:
         raise UserError(f"{path} is not a checkpoint: expected a directory checkpoints/step_N of a run")
     for name in (COMMITTED, MANIFEST):
         if not (path / name).is_file():
@@ -108,7 +107,29 @@ def read_commit(directory: str | Path) -> Commit:
     text = (path / MANIFEST).read_bytes()
     if hashlib.sha256(text).hexdigest() != (path / COMMITTED).read_text().strip():
         raise UserError(f"{path} is damaged: {MANIFEST} is not the one that was committed")
-    manifest: dict[str, Any] = json.loads(text)
+    return json.loads(text)
+
+
+def latest_manifest(run_dir: str | Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The manifest of a run's newest commit, and what was passed over on the way to it (one line each)."""
+    problems: list[str] = []
+    root = Path(run_dir) / "checkpoints"
+    for step in sorted(_steps(root), reverse=True):
+        try:
+            return read_manifest(root / f"step_{step}"), tuple(problems)
+        except (UserError, OSError) as error:  # one that is pruned meanwhile, too
+            problems.append(str(error))
+    return None, tuple(problems)
+
+
+def read_commit(directory: str | Path) -> Commit:
+    """A committed checkpoint, every file of it verified against the manifest.
+
+    Raises:
+        UserError: what is wrong with it, and the file concerned.
+    """
+    path = Path(directory)
+    manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -119,7 +140,7 @@ def read_commit(directory: str | Path) -> Commit:
             )
         if _sha256(file) != entry["sha256"]:
             raise UserError(f"{path} is damaged: the SHA-256 of {name} is not the committed one")
-    return Commit(path=path, step=int(match[1]), manifest=manifest)
+    return Commit(path=path, step=int(path.name.removeprefix("step_")), manifest=manifest)
 
 
 def latest_committed(run_dir: str | Path) -> Latest:

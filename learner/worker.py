@@ -310,7 +310,7 @@ class LearnerWorker:
     def _fetch(self, group_ids: Sequence[str], url: str, run_id: str) -> list[Group]:
         if self._ledger is None or self._ledger[0] != url:
             self._ledger = (url, open_ledger(url, run_id, self._stream))
-        return self._ledger[1].fetch(list(group_ids))
+        return self._ledger[1].fetch(list(group_ids), wait_s=self._stream.patience_s)
 
     def _host(self) -> str:
         """The address that other nodes reach this one by; loopback where the ranks are all here."""

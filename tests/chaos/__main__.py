@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from tests.chaos.account import left_behind, prompts_of, times_of
+from tests.chaos.account import GONE_S, left_behind, prompts_of, times_of
 from tests.chaos.scene import write_recipe
 from tests.chaos.watch import Watch, is_alive, wait_until
 
@@ -166,7 +166,10 @@ class Chaos:
         }
 
     def stop(self) -> None:
-        """Ends what is left of a run that was given up."""
+        """Ends what is left of a run that was given up: its driver, and what the driver's janitor does not."""
+        if self.driver is not None and self.driver.poll() is None:
+            self.driver.kill()
+            wait_until(lambda: not self.watch.alive(), GONE_S, 0.5)
         for process in self.watch.alive():
             process.kill()
         self.log.close()
