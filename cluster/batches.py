@@ -1,22 +1,21 @@
 """Prompts into the ledger and batches out of it: what the driver asks of the ledger between two commits.
 
-A Redis that restarts may have lost the end of its log, and one that is not ours may come back empty. Nothing is mended
-by hand: what the ledger says is held against what this run knows (the gate that it opened, the groups that it has
-trained on), and where they differ the run goes back to its last commit, from which the ledger is made anew.
+What becomes of a Redis that dies meanwhile is `cluster.recovery`'s. Where even that finds the ledger against what this
+run knows, the run goes back to its last commit (`LedgerBehind`).
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 from cluster.config import Config
 from cluster.feed import Feed
 from cluster.history import History
+from cluster.recovery import Recovery
 from cluster.run_dir import RunDir
 from cluster.supervise import POLL_S, LedgerBehind
 from cluster.training_data import TrainingData
 from services.errors import Deadline
-from services.records import Group, PolicyVersion
+from services.records import Group
 from services.stream.errors import LedgerError
 from services.stream.ledger import Ledger
 
@@ -32,7 +31,6 @@ class Batches:
         self._run = run
         self._history = history
         self._ledger = ledger
-        self._version: PolicyVersion | None = None
         self.feed = Feed(
             data.splits.train,
             seed=config.run.seed,
@@ -40,9 +38,13 @@ class Batches:
             steps=config.run.steps,
             groups_per_step=config.run.groups_per_step,
         )
+        self._recovery = Recovery(
+            ledger, self.feed, history, run, window=self._window(), lease_s=config.rollout.lease_s
+        )
 
     def reconcile(self) -> None:
         """The ledger becomes the projection of the manifest, before any lease."""
+        self._ledger.claim()
         self._register()
         report = self._ledger.reconcile(self._history.steps, self._history.failed)
         self._run.event("reconciled", **report)
@@ -57,9 +59,15 @@ class Batches:
         """Groups that may ever have been leased while `step` steps are done (invariant 3)."""
         return self.feed.admission_limit(step, self._config.run.max_staleness)
 
-    def opened(self, version: PolicyVersion) -> None:
-        """The gate is open under this version, and stays so until it is opened again."""
-        self._version = version
+    def look(self) -> None:
+        """Between two waits: whether Redis was restarted, and has lost something that is to be made anew."""
+        self._recovery.look()
+
+    def under_way(self, step: int) -> list[Group]:
+        """The scored groups of the step that is trained on, or was last; held here, whatever Redis loses meanwhile."""
+        assert self._recovery.batch is not None
+        assert self._recovery.batch[0] == step
+        return self._recovery.batch[1]
 
     def _register(self) -> None:
         done = sum(len(groups) for groups in self._history.steps.values()) + len(self._history.failed)
@@ -75,7 +83,6 @@ class Batches:
 
         Raises:
             Deadline: no group was generated, scored or failed for `cluster.batch_s`.
-            LedgerBehind: the ledger is not what this run made it.
         """
         size = self._config.run.groups_per_step
         oldest = step - self._config.run.max_staleness
@@ -83,8 +90,7 @@ class Batches:
         moved = time.monotonic()
         while True:
             groups = self._ledger.take(step, size, final=self.feed.all_registered, oldest_step=oldest)
-            self._check(groups or [])
-            if groups is not None:
+            if groups is not None and self._recovery.hold(step, groups):
                 return groups
             counts = self._ledger.counts()
             if counts != last_counts:
@@ -107,24 +113,12 @@ class Batches:
                 moved = time.monotonic()
             self._ledger.wait_scored(int(POLL_S * 1000))
 
-    def fetch(self, groups: Sequence[str]) -> list[Group]:
-        """The scored groups of a batch. Raises LedgerBehind."""
-        with _behind():
-            return self._ledger.fetch(groups)
-
     def commit(self, steps: Mapping[int, Sequence[str]]) -> None:
         """Tells the ledger what a commit contains. Raises LedgerBehind; the commit is valid."""
-        with _behind():
+        try:
             self._ledger.commit(steps)
-
-    def _check(self, groups: list[str]) -> None:
-        gate = self._ledger.gate()
-        if gate is None or gate.version != self._version:
-            found = "no gate" if gate is None else f"a gate at version {tuple(gate.version)}"
-            raise LedgerBehind(f"the ledger has lost what was written last: it has {found}, not {self._version}")
-        trained = {group for done in self._history.steps.values() for group in done} | self._history.failed.keys()
-        if again := [group for group in groups if group in trained]:
-            raise LedgerBehind(f"the ledger has lost what was written last: it gives {again[0]} a second time")
+        except LedgerError as error:
+            raise LedgerBehind(f"the ledger cannot be told of a commit: {error}") from error
 
     def note_failures(self) -> None:
         """What failed for good becomes part of the manifest to come."""
@@ -132,11 +126,3 @@ class Batches:
             if row.group_id not in self._history.failed and row.failure is not None:
                 self._history.failed[row.group_id] = row.failure
                 self._run.event("group_failed", group_id=row.group_id, failure=row.failure.kind, code=row.failure.code)
-
-
-@contextmanager
-def _behind() -> Iterator[None]:
-    try:
-        yield
-    except LedgerError as error:
-        raise LedgerBehind(f"the ledger has lost what was written last: {error}") from error

@@ -277,6 +277,26 @@ def rewardbench(
 
 
 @app.command()
+def ledger(
+    run: Annotated[Path, typer.Argument(help="Run directory, of a live run or a dead one.", show_default=False)],
+    uncommitted: Annotated[
+        bool, typer.Option("--uncommitted", help="Name every prompt that is not committed, and why.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """The account of every prompt of a run: how many are in each state. Reads, and changes nothing."""
+    from cluster.ledger_account import account_of
+    from cluster.ledger_table import lines_of, print_account
+
+    account = account_of(run, names=uncommitted)
+    print_account(account, _console())
+    for line in lines_of(account.uncommitted or ()) if uncommitted else ():
+        typer.echo(line)
+    if json_file is not None:
+        json_file.write_text(json.dumps(account.plain(), indent=2), encoding="utf-8")
+
+
+@app.command()
 def schema(out: Annotated[Path | None, typer.Option(help="File to write; by default standard output.")] = None) -> None:
     """The JSON schema of recipes, for editors."""
     from cluster.recipe import json_schema
@@ -305,8 +325,9 @@ def run_command(arguments: list[str] | None = None) -> int:
         return _complain(error, 1)
     except Exception as error:
         from cluster.supervise import PartFailed
+        from learner.commit import NoSpace
 
-        if isinstance(error, PartFailed):
+        if isinstance(error, PartFailed | NoSpace):
             return _complain(error, 1)
         raise
     return 0

@@ -83,7 +83,7 @@ class ClusterSection(Section):
         default=3,
         ge=0,
         description="Times between two commits that a kind of part (rollout actors, scoring workers, the reward "
-        "server, the learner, the embedded Redis, the evaluator) may die or stand still and is started again; once "
+        "server, the learner, the evaluator) may die or stand still and is started again; once "
         "more ends the run with its error. 0: the first death of any part ends it.",
     )
     restart_pause_s: float = Field(

@@ -4,7 +4,7 @@ down."""
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -18,7 +18,6 @@ from cluster.janitor import with_janitor
 from cluster.plan import fitting, nodes_of_ray
 from cluster.ray_runtime import ray_cluster
 from cluster.recipe import save_resolved
-from cluster.redis_keeper import redis_of
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir, read_jsonl
 from cluster.signals import Stopped, stop_request
@@ -27,6 +26,8 @@ from cluster.training import Outcome, Training
 from cluster.training_data import load_training_data
 from rollout.worker import check_engine
 from services.errors import UserError
+from services.stream.embedded import EmbeddedRedis
+from services.stream.keeper import KeptRedis
 from services.stream.ledger import open_ledger
 from services.telemetry import Telemetry
 
@@ -53,10 +54,8 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
         with ExitStack() as stack:
             stop = stack.enter_context(stop_request())
             weights_dir = stack.enter_context(shared_weights(config, history.run_id))
-            budget = RestartBudget(config.cluster.restarts, config.cluster.restart_pause_s)
-            redis = stack.enter_context(redis_of(config, run, budget))
-            url = redis.url
-            ledger = open_ledger(url, history.run_id, config.stream)
+            url, check_stream = stack.enter_context(stream_of(config, run))
+            ledger = open_ledger(url, history.run_id, config.stream, lease_losses=config.rollout.lease_losses)
             ray = stack.enter_context(ray_cluster(config.cluster))
             stop.install()
             nodes = nodes_of_ray(ray.nodes())
@@ -65,7 +64,8 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             telemetry = Telemetry(config.run.trackers, run.path, config.run.name, config.model_dump(mode="json"))
             save_resolved(config, run.config)
             begin_incarnation(run, history)
-            supervisor = Supervisor(ray, run, ledger, budget, config.cluster.progress_s, watch=redis.check)
+            budget = RestartBudget(config.cluster.restarts, config.cluster.restart_pause_s)
+            supervisor = Supervisor(ray, run, ledger, budget, config.cluster.progress_s, watch=check_stream)
             stack.callback(supervisor.stop)
             training = Training(
                 config, run, history, data, ledger, supervisor, stop, weights_dir, url, telemetry, console
@@ -109,6 +109,20 @@ def check_reach(config: Config, nodes: int) -> None:
             f"cluster.weights_dir: is null (shared memory), and the cluster has {nodes} nodes; give a path that all of "
             "them see, or set cluster.weights to 'collective'"
         )
+
+
+@contextmanager
+def stream_of(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The URL of the recipe's Redis, or of one that is a child of this process, with its data in the run directory.
+
+    With it a check that raises where the child is down for good.
+    """
+    if config.stream.url is not None:
+        yield config.stream.resolved_url(), lambda: None
+        return
+    server = EmbeddedRedis(run.redis, config.stream.appendfsync, maxmemory_mb=config.stream.maxmemory_mb)
+    with KeptRedis(server, restarts=config.stream.restarts, told=run.event) as kept:
+        yield server.url, kept.check
 
 
 @contextmanager

@@ -18,6 +18,18 @@ def total_steps(prompts: int, *, epochs: int, steps: int | None, groups_per_step
     return possible if steps is None else min(steps, possible)
 
 
+def epochs_registered(prompts: int, epochs: int, order: int) -> int:
+    """How many epochs begin at or before place `order`."""
+    return min(epochs, order // prompts + 1) if prompts else 0
+
+
+def groups_of_epoch(prompts: Sequence[Prompt], seed: int, epoch: int) -> list[tuple[str, int, Prompt]]:
+    """(group id, place in lease order, prompt) of every group of an epoch, in that order."""
+    chosen = [prompts[index] for index in epoch_order(len(prompts), seed, epoch)]
+    first = epoch * len(prompts)
+    return [(group_id_of(epoch, prompt.prompt_id), first + n, prompt) for n, prompt in enumerate(chosen)]
+
+
 class Feed:
     """The training prompts in lease order. `seed` is the run's, `epochs` and `steps` (None: all) bound the run."""
 
@@ -35,18 +47,19 @@ class Feed:
 
     def register(self, ledger: Ledger, order: int) -> None:
         """Registers every epoch that begins at or before place `order`, each whole; idempotent."""
-        n = len(self._prompts)
-        while self._registered < self._epochs and self._registered * n <= order:
-            epoch = self._registered
-            permutation = epoch_order(n, self._seed, epoch)
-            groups: list[tuple[str, int]] = []
-            for place, index in enumerate(permutation):
-                prompt = self._prompts[index]
-                group_id = group_id_of(epoch, prompt.prompt_id)
-                self._by_group[group_id] = prompt
-                groups.append((group_id, epoch * n + place))
-            ledger.register(epoch, groups)
+        while self._registered < epochs_registered(len(self._prompts), self._epochs, order):
+            self._register_epoch(ledger, self._registered)
             self._registered += 1
+
+    def register_again(self, ledger: Ledger) -> None:
+        """Registers what was registered before, in a ledger that may have lost it."""
+        for epoch in range(self._registered):
+            self._register_epoch(ledger, epoch)
+
+    def _register_epoch(self, ledger: Ledger, epoch: int) -> None:
+        groups = groups_of_epoch(self._prompts, self._seed, epoch)
+        self._by_group |= {group_id: prompt for group_id, _, prompt in groups}
+        ledger.register(epoch, [(group_id, order) for group_id, order, _ in groups])
 
     @property
     def all_registered(self) -> bool:

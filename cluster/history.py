@@ -4,6 +4,8 @@ The committed manifest is the truth (invariant 1). It is cumulative, so that an 
 ids of every step it contains, the groups that failed and why, the best evaluation so far.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import yaml
 
 from cluster.config import Config
 from cluster.run_dir import RunDir
-from learner.commit import Commit, drop_checkpoints_after, latest_committed, read_commit
+from learner.commit import Commit, latest_committed, read_commit, set_aside_after
 from services.errors import UserError
 from services.records import Failure
+
+log = logging.getLogger(__name__)
 
 FIXED = (
     ("run", "seed"),
@@ -35,12 +39,31 @@ class History:
     steps: dict[int, list[str]] = field(default_factory=dict)
     failed: dict[str, Failure] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    revisions: dict[int, list[str]] = field(default_factory=dict)
+    """Those of the reward's recipe, interventions among them, by the first step that they scored."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Steps whose batch was not trained on, and why (`learner.bad_batch`)."""
     checkpoint: Path | None = None
     committed_steps: int = 0
 
     @property
     def steps_done(self) -> int:
         return len(self.steps)
+
+    def note_revisions(self, step: int, revisions: Sequence[str]) -> bool:
+        """Under which revisions of the reward's recipe a step was scored; True where they are not the last step's."""
+        before = self.revisions[max(self.revisions)] if self.revisions else None
+        if before == list(revisions):
+            return False
+        self.revisions[step] = list(revisions)
+        return before is not None
+
+    def skipped_in_a_row(self) -> int:
+        """Steps at the end of what is done that were skipped, one after the other."""
+        count = 0
+        while self.steps_done - 1 - count in self.skipped:
+            count += 1
+        return count
 
     def manifest(self) -> dict[str, Any]:
         return {
@@ -51,6 +74,8 @@ class History:
             "steps": {str(step): groups for step, groups in self.steps.items()},
             "failed": {group: failure.model_dump(mode="json") for group, failure in self.failed.items()},
             "best": self.best,
+            "revisions": {str(step): revisions for step, revisions in self.revisions.items()},
+            "skipped": {str(step): why for step, why in self.skipped.items()},
         }
 
 
@@ -74,6 +99,7 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
         latest = latest_committed(run.path)
         commit = latest.commit
         for problem in latest.problems:
+            log.error("%s; the commit before it is used", problem)
             run.event("checkpoint_refused", problem=problem)
     else:
         commit = read_commit(Path(resume))
@@ -88,6 +114,8 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
         history.steps = {int(step): list(groups) for step, groups in manifest["steps"].items()}
         history.failed = {group: Failure.model_validate(failure) for group, failure in manifest["failed"].items()}
         history.best = dict(manifest["best"])
+        history.revisions = {int(step): list(found) for step, found in manifest.get("revisions", {}).items()}
+        history.skipped = {int(step): why for step, why in manifest.get("skipped", {}).items()}
         history.checkpoint = commit.path
         history.committed_steps = history.steps_done
     return history
@@ -96,7 +124,9 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
 def begin_incarnation(run: RunDir, history: History) -> None:
     """Cuts the run directory back to what the run goes on from, and notes that it does."""
     run.cut_back(history.steps_done)
-    drop_checkpoints_after(run.path, history.steps_done)
+    for aside in set_aside_after(run.path, history.steps_done):
+        log.warning("a checkpoint that the run does not go on from is set aside: %s", aside)
+        run.event("checkpoint_set_aside", path=str(aside))
     run.event("start", run_id=history.run_id, incarnation=history.incarnation, step=history.steps_done)
 
 

@@ -1,7 +1,7 @@
 """The learner's ranks, driven as one: every call goes to all of them at once and has a deadline."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.config import Config
@@ -23,6 +23,8 @@ class LearnerGroup:
     supervisor: Supervisor
     ranks: tuple[Running, ...]
     tick: Callable[[], None]
+    parameters: int = 0
+    """Of the policy."""
 
     def call(self, method: str, *args: Any, what: str, seconds: float) -> Any:
         """Calls a method on every rank and returns rank 0's answer.
@@ -83,5 +85,7 @@ def start_learners(
     address, port = supervisor.wait(
         [ranks[0].handle.address.remote()], [ranks[0].name], what="the learner's address", seconds=seconds, tick=tick
     )[0]
-    group.call("setup", address, port, resume, total_steps, what="the learner to load the policy", seconds=seconds)
-    return group
+    info = group.call(
+        "setup", address, port, resume, total_steps, what="the learner to load the policy", seconds=seconds
+    )
+    return replace(group, parameters=int(info["parameters"]))

@@ -25,6 +25,7 @@ class RunDir:
         self.events = path / "events.jsonl"
         self.samples = path / "samples"
         self.maps = path / "samples" / "maps"
+        self.bad_batches = path / "bad_batches"
         self.checkpoints = path / "checkpoints"
         self.policy = path / "policy"
         self.policy_best = path / "policy-best"
@@ -94,6 +95,15 @@ class RunDir:
                     file.write(
                         json.dumps({"step": step, **row, **extra.get(sample.sample_id, {})}, ensure_ascii=False) + "\n"
                     )
+
+    def write_bad_batch(self, step: int, groups: Sequence[Group], why: str) -> Path:
+        """The samples of a batch that was not trained on, kept wherever the run goes back to; line one says why."""
+        self.bad_batches.mkdir(exist_ok=True)
+        path = self.bad_batches / f"step_{step:06d}.jsonl"
+        rows = [{"step": step, "why": why}]
+        rows += [sample.model_dump(mode="json") for group in groups for sample in group.samples]
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return path
 
     def cut_back(self, steps: int) -> None:
         """Removes what belongs to step `steps` and later: they are not in the commit that the run goes on from."""

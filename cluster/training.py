@@ -13,7 +13,7 @@ between any two of these leaves either the old commit or the new one as the trut
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,13 +32,24 @@ from cluster.plan import Part, fitting, nodes_of_ray
 from cluster.progress import RunProgress
 from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
+from cluster.step_record import Timing, ledger_metrics, reward_revisions
 from cluster.summary import write_summary
-from cluster.supervise import POLL_S, GoBack, LearnerDied, Supervisor
+from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Supervisor
 from cluster.training_data import TrainingData
 from cluster.weight_rounds import WeightRounds
-from learner.commit import begin_checkpoint, commit_checkpoint, prune_checkpoints
+from learner.bad_batch import BadBatch
+from learner.commit import (
+    NoSpace,
+    begin_checkpoint,
+    check_space,
+    commit_checkpoint,
+    give_up_checkpoint,
+    is_full_disk,
+    needed_bytes,
+    prune_checkpoints,
+)
 from services.errors import PlanError
-from services.records import Group, PolicyVersion
+from services.records import PolicyVersion
 from services.stream.ledger import Ledger
 from services.telemetry import Telemetry
 from services.weights import MANIFEST
@@ -47,6 +58,10 @@ log = logging.getLogger(__name__)
 
 KEEP_VERSIONS = 2
 """Published sets of weights that are kept: the newest, and the one that an actor may still be reading."""
+
+
+LEAST_BYTES = 12
+"""Of a checkpoint, a parameter: its float32 master and Adam's two moments."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +236,6 @@ class Training:
         limit = self.batches.limit(step)
         if self.rounds is not None:
             self.batches.give_prompts(step)
-            self.batches.opened(version)
             self.rounds.publish(version, limit)
             return time.monotonic() - began
         manifest = self.learners.call(
@@ -233,7 +247,6 @@ class Training:
         )
         self.batches.give_prompts(step)
         self.ledger.open_gate(version, manifest, limit)
-        self.batches.opened(version)
         published = sorted(self.weights_dir.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in published[:-KEEP_VERSIONS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -254,23 +267,48 @@ class Training:
             return False
         self.progress.phase("training")
         self.open_step = step
-        result = self.learners.call(
-            "train_step",
-            step,
-            groups,
-            self.url,
-            self.history.run_id,
-            what=f"step {step} to train",
-            seconds=self.config.cluster.step_s,
-        )
+        result = self._train(step, groups)
         trained_at = time.monotonic()
         self.history.steps[step] = groups
+        if result["bad"] is not None:
+            self._skip(step, result["bad"])
         publish_s = self._open_gate(step + 1)
-        self._record(step, groups, result, began=began, batch_at=batch_at, trained_at=trained_at, publish_s=publish_s)
+        self._record(step, result, began=began, batch_at=batch_at, trained_at=trained_at, publish_s=publish_s)
         self.open_step = None
         if (step + 1) % self.config.checkpoint.every == 0:
             self._commit()
         return True
+
+    def _train(self, step: int, groups: list[str]) -> dict[str, Any]:
+        try:
+            return self.learners.call(
+                "train_step",
+                step,
+                groups,
+                self.url,
+                self.history.run_id,
+                what=f"step {step} to train",
+                seconds=self.config.cluster.step_s,
+            )
+        except PartFailed as failed:
+            if isinstance(failed.__cause__, BadBatch):
+                kept = self.run.write_bad_batch(step, self.batches.under_way(step), str(failed.__cause__))
+                self.run.event("bad_batch", step=step, why=str(failed.__cause__), action="stop", samples=str(kept))
+                raise PartFailed(f"{failed.__cause__}; its samples are in {kept}") from failed
+            raise
+
+    def _skip(self, step: int, why: str) -> None:
+        """The step's batch was not trained on.
+
+        Raises:
+            PartFailed: so were too many before it.
+        """
+        self.history.skipped[step] = why
+        kept = self.run.write_bad_batch(step, self.batches.under_way(step), why)
+        self.run.event("bad_batch", step=step, why=why, action="skip", samples=str(kept))
+        log.warning("%s; the step is skipped, its samples are in %s", why, kept)
+        if (row := self.history.skipped_in_a_row()) > self.config.learner.bad_batch.most:
+            raise PartFailed(f"{row} steps in a row are no batch to train on, the last one: {why}; samples in {kept}")
 
     def _between_waits(self) -> bool:
         """What the driver does while it waits for a batch; whether actors could not get on meanwhile."""
@@ -291,7 +329,6 @@ class Training:
     def _record(
         self,
         step: int,
-        groups: list[str],
         result: dict[str, Any],
         *,
         began: float,
@@ -299,32 +336,22 @@ class Training:
         trained_at: float,
         publish_s: float,
     ) -> None:
-        metrics: dict[str, float] = dict(result["metrics"])
-        now = time.monotonic()
+        fetched = self.batches.under_way(step)
+        timing = Timing(began, batch_at, trained_at, publish_s, self.started)
         counters = self.supervisor.rollout_counters()
-        busy = sum(counter["busy_s"] for counter in counters)
-        wall = max(now - began, 1e-9)
-        counts = self.ledger.counts()
-        metrics |= {
-            "time_s": now - self.started,
-            "time/step_s": wall,
-            "time/wait_batch_s": batch_at - began,
-            "time/train_s": trained_at - batch_at,
-            "time/publish_s": publish_s,
-            "throughput/tokens_per_s": metrics.get("length/response_tokens", 0.0) / wall,
-            "idle/learner": (batch_at - began) / wall,
-            "idle/rollouts": max(0.0, 1 - max(0.0, busy - self._busy_before) / (wall * max(1, len(counters)))),
-            "queue/generated": counts.get("generated", 0),
-            "queue/scored": counts.get("scored", 0),
-            "ledger/failed": len(self.history.failed),
-            "incarnation": self.history.incarnation,
+        metrics: dict[str, float] = {
+            **result["metrics"],
+            **timing.metrics(result["metrics"], counters, self._busy_before),
+            **ledger_metrics(self.ledger.counts(), self.history),
         }
-        self._busy_before = busy
-        fetched = self.batches.fetch(groups)
+        self._busy_before = sum(counter["busy_s"] for counter in counters)
         self.run.write_samples(step, fetched, result["samples"])
+        revisions = reward_revisions(fetched)
+        if self.history.note_revisions(step, revisions):
+            self.run.event("reward_revisions", step=step, revisions=revisions)
         if self.evaluator is not None and (step + 1) % self.config.evaluation.every == 0:
             metrics |= self._evaluate(step)
-        self.run.write_metrics(step, {**metrics, "reward/revisions": reward_revisions(fetched)})
+        self.run.write_metrics(step, {**metrics, "reward/revisions": revisions})
         self.telemetry.write(step, metrics)
         self.progress.step(step, metrics)
 
@@ -362,19 +389,31 @@ class Training:
         began = time.monotonic()
         self.progress.phase("writing a checkpoint")
         steps = self.history.steps_done
+        needed = needed_bytes(self.run.path, self.learners.parameters * LEAST_BYTES)
+        check_space(self.run.path, needed)
         partial = begin_checkpoint(self.run.path, steps)
-        self.open_step = steps  # nothing else may be asked of the learner while it writes
-        self.learners.call(
-            "save_checkpoint", str(partial), what=f"checkpoint step_{steps}", seconds=self.config.checkpoint.timeout_s
-        )
-        self.open_step = None
-        self.batches.note_failures()
-        commit_checkpoint(partial, self.history.manifest())
+        try:
+            self.open_step = steps  # nothing else may be asked of the learner while it writes
+            self.learners.call(
+                "save_checkpoint",
+                str(partial),
+                what=f"checkpoint step_{steps}",
+                seconds=self.config.checkpoint.timeout_s,
+            )
+            self.open_step = None
+            self.batches.note_failures()
+            commit_checkpoint(partial, self.history.manifest())
+        except (PartFailed, OSError) as error:
+            if isinstance(error.__cause__, NoSpace) or is_full_disk(error):
+                give_up_checkpoint(self.run.path, steps)
+                check_space(self.run.path, needed)  # says how much is missing
+            raise
         uncommitted = range(self.history.committed_steps, steps)
+        self.history.committed_steps = steps  # from here on it is the truth, whatever becomes of the ledger
         self.batches.commit({step: self.history.steps[step] for step in uncommitted})
-        self.history.committed_steps = steps
         self.supervisor.budget.committed()
-        prune_checkpoints(self.run.path, self.config.checkpoint.keep)
+        best = self.history.best.get("step") if self.config.checkpoint.keep_best else None
+        prune_checkpoints(self.run.path, self.config.checkpoint.keep, None if best is None else int(best) + 1)
         self.last_commit_s = time.monotonic() - began
         self.run.event("committed", step=steps)
 
@@ -401,14 +440,4 @@ class Training:
 
     def _tick(self) -> None:
         self.stop.check()
-
-
-def reward_revisions(groups: Sequence[Group]) -> list[str]:
-    """Under which revisions of the reward's recipe the samples were scored; interventions make several in one step."""
-    found = {
-        sample.reward.detail.get("recipe_revision")
-        for group in groups
-        for sample in group.samples
-        if sample.reward is not None
-    }
-    return sorted(str(revision) for revision in found if revision is not None)
+        self.batches.look()

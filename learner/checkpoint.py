@@ -9,6 +9,7 @@ elsewhere is seeded by the run's seed and the step. `learner.commit` makes a che
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner.commit import NoSpace, is_full_disk
 from learner.engine import Engine
 from learner.ppo import TrainerState
 from learner.publish import BUCKET_BYTES, ShardWriter, buckets_of, published_tensors, save_model_files
 from services.errors import UserError
 
 SCHEMA_VERSION = 1
+
+FULL_BYTES = 2**20
+"""A disk with less than this left, when a write has failed, is full."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,23 @@ class LearnerState:
 
 
 def save_checkpoint(engine: Engine, trainer: TrainerState, tokenizer: Any, directory: str | Path) -> None:
-    """Writes the learner's part into `directory`. Collective; the driver commits it when every rank has returned."""
+    """Writes the learner's part into `directory`. Collective; the driver commits it when every rank has returned.
+
+    Raises:
+        NoSpace: this rank found the disk full.
+    """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
+    try:
+        _save(engine, trainer, tokenizer, path)
+    except (OSError, RuntimeError) as error:
+        # torch's writer says that a write failed, not why.
+        if is_full_disk(error) or shutil.disk_usage(path).free < FULL_BYTES:
+            raise NoSpace(f"the disk of {path} is full: {error}") from error
+        raise
+
+
+def _save(engine: Engine, trainer: TrainerState, tokenizer: Any, path: Path) -> None:
     engine.save(str(path))
     if engine.rank != 0:
         return
@@ -58,22 +77,21 @@ def save_checkpoint(engine: Engine, trainer: TrainerState, tokenizer: Any, direc
 
 
 def load_checkpoint(engine: Engine, directory: str | Path) -> TrainerState:
-    """Restores the engine and returns the rest of the state: training goes on bit for bit. Collective.
+    """Restores the engine and returns the rest of the state. Collective.
+
+    Training goes on bit for bit on the same number of ranks; on another one the weights and moments are the same, and
+    what follows differs by the order of the sums alone.
 
     Raises:
-        UserError: it holds no learner state, or was written by another number of ranks or in another dtype.
+        UserError: it holds no learner state, or was written in another dtype.
     """
     state = read_state(directory)
-    for key, own, saved in (
-        ("ranks", engine.world_size, state.world_size),
-        ("dtype", engine.section.dtype, state.dtype),
-    ):
-        if own != saved:
-            raise UserError(
-                f"learner.{key} is {own}, but {directory} was written with {saved}; "
-                f"resume with learner.{key}={saved}, or export the checkpoint and start a new run from it"
-            )
-    engine.load(str(directory), updates_done=state.updates)
+    if engine.section.dtype != state.dtype:
+        raise UserError(
+            f"learner.dtype is {engine.section.dtype}, but {directory} was written with {state.dtype}; "
+            f"resume with learner.dtype={state.dtype}, or export the checkpoint and start a new run from it"
+        )
+    engine.load(str(directory), updates_done=state.updates, ranks=state.world_size)
     return state.trainer
 
 
@@ -101,8 +119,6 @@ def export_policy(checkpoint: str | Path, directory: str | Path, bucket_bytes: i
 
     Takes the memory of the whole model in float32. Call it on what `learner.commit.read_commit` has verified.
     """
-    import shutil
-
     source, target = Path(checkpoint), Path(directory)
     state = read_state(source)
     target.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,10 @@ class CheckpointSection(Section):
         ge=0,
         description="Commits kept, the newest; 0 keeps all. 2: one to fall back on where the newest turns out damaged.",
     )
+    keep_best: bool = Field(
+        default=True,
+        description="Keep the commit of the best evaluation beside them, where one was written at that step.",
+    )
     timeout_s: float = Field(
         default=600.0,
         gt=0,

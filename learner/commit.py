@@ -10,6 +10,7 @@ passed over, never half used.
 Nothing here knows what the files hold, and nothing heavy is imported: the driver calls it without torch.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,10 @@ from services.errors import UserError
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
 _STEP = re.compile(r"step_(\d+)")
+
+
+class NoSpace(Exception):  # noqa: N818 - reads as what it says where it is raised
+    """A checkpoint was not written for want of room on the disk. The commits that are there stay valid."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,14 @@ def commit_checkpoint(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
     return final
 
 
-def read_commit(directory: str | Path) -> Commit:
-    """A committed checkpoint, every file of it verified against the manifest.
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a committed checkpoint. That it is the one that was committed is verified, the files are not.
 
     Raises:
-        UserError: what is wrong with it, and the file concerned.
+        UserError: what is wrong with it.
     """
     path = Path(directory)
-    match = _STEP.fullmatch(path.name)
-    if not path.is_dir() or match is None:
+    if not path.is_dir() or _STEP.fullmatch(path.name) is None:
         raise UserError(f"{path} is not a checkpoint: expected a directory checkpoints/step_N of a run")
     for name in (COMMITTED, MANIFEST):
         if not (path / name).is_file():
@@ -103,7 +107,29 @@ def read_commit(directory: str | Path) -> Commit:
     text = (path / MANIFEST).read_bytes()
     if hashlib.sha256(text).hexdigest() != (path / COMMITTED).read_text().strip():
         raise UserError(f"{path} is damaged: {MANIFEST} is not the one that was committed")
-    manifest: dict[str, Any] = json.loads(text)
+    return json.loads(text)
+
+
+def latest_manifest(run_dir: str | Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The manifest of a run's newest commit, and what was passed over on the way to it (one line each)."""
+    problems: list[str] = []
+    root = Path(run_dir) / "checkpoints"
+    for step in sorted(_steps(root), reverse=True):
+        try:
+            return read_manifest(root / f"step_{step}"), tuple(problems)
+        except (UserError, OSError) as error:  # one that is pruned meanwhile, too
+            problems.append(str(error))
+    return None, tuple(problems)
+
+
+def read_commit(directory: str | Path) -> Commit:
+    """A committed checkpoint, every file of it verified against the manifest.
+
+    Raises:
+        UserError: what is wrong with it, and the file concerned.
+    """
+    path = Path(directory)
+    manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -114,7 +140,7 @@ def read_commit(directory: str | Path) -> Commit:
             )
         if _sha256(file) != entry["sha256"]:
             raise UserError(f"{path} is damaged: the SHA-256 of {name} is not the committed one")
-    return Commit(path=path, step=int(match[1]), manifest=manifest)
+    return Commit(path=path, step=int(path.name.removeprefix("step_")), manifest=manifest)
 
 
 def latest_committed(run_dir: str | Path) -> Latest:
@@ -129,24 +155,60 @@ def latest_committed(run_dir: str | Path) -> Latest:
     return Latest(None, tuple(problems))
 
 
-def drop_checkpoints_after(run_dir: str | Path, step: int) -> list[Path]:
-    """Removes the checkpoints of later steps than a run goes on from, and returns them.
+def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
+    """Renames the checkpoints of later steps than a run goes on from to `step_N.aside`, and returns where they are.
 
     They are damaged, or the run was told to go on from before them. Left in place they would count as the newest: what
     the run commits from now on would be pruned in their stead, and the next resume would take up what was left behind.
+    Nobody but their owner removes them: what is damaged may be all that is left of hours.
     """
     root = Path(run_dir) / "checkpoints"
-    removed = [root / f"step_{later}" for later in sorted(_steps(root), reverse=True) if later > step]
-    for path in removed:
-        _remove(path)
-    return removed
+    moved: list[Path] = []
+    for later in sorted(_steps(root)):
+        if later > step:
+            names = (root / f"step_{later}.aside{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+            aside = next(path for path in names if not path.exists())
+            (root / f"step_{later}").rename(aside)
+            moved.append(aside)
+    if moved:
+        _sync(root)
+    return moved
 
 
-def prune_checkpoints(run_dir: str | Path, keep: int) -> list[Path]:
-    """Removes all committed checkpoints but the newest `keep` (0: none is removed), and what unfinished ones left."""
+def needed_bytes(run_dir: str | Path, least: int) -> int:
+    """About how much the next checkpoint takes: as the newest one did, and `least` at least."""
+    root = Path(run_dir) / "checkpoints"
+    for step in sorted(_steps(root), reverse=True):
+        sizes = [path.stat().st_size for path in (root / f"step_{step}").rglob("*") if path.is_file()]
+        return max(least, sum(sizes))
+    return least
+
+
+def check_space(run_dir: str | Path, needed: int) -> None:
+    """Raises NoSpace where the disk of the run has less than `needed` bytes left, and says how much is missing."""
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise NoSpace(
+            f"the disk of {run_dir} is full: a checkpoint takes {_size(needed)}, {_size(free)} are left, "
+            f"{_size(needed - free)} are missing; the commits that are there stay valid"
+        )
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error while files were written is the disk's: no space left, or the user's quota used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def give_up_checkpoint(run_dir: str | Path, step: int) -> None:
+    """Removes what was written of a checkpoint that did not become one, so that its space is free again."""
+    shutil.rmtree(Path(run_dir) / "checkpoints" / f"step_{step}.partial", ignore_errors=True)
+
+
+def prune_checkpoints(run_dir: str | Path, keep: int, best: int | None = None) -> list[Path]:
+    """Removes all committed checkpoints but the newest `keep` (0: none is removed) and that of step `best`."""
     root = Path(run_dir) / "checkpoints"
     committed = sorted(step for step in _steps(root) if (root / f"step_{step}" / COMMITTED).is_file())
-    removed = [root / f"step_{step}" for step in committed[:-keep]] if keep else []
+    removed = [root / f"step_{step}" for step in committed[:-keep] if step != best] if keep else []
     for path in removed:
         _remove(path)
     return removed
@@ -156,6 +218,10 @@ def _remove(path: Path) -> None:
     # Without the marker first: a removal that is cut short must not leave a checkpoint that looks damaged.
     (path / COMMITTED).unlink(missing_ok=True)
     shutil.rmtree(path)
+
+
+def _size(amount: int) -> str:
+    return f"{amount / 2**30:.2f} GiB" if amount >= 2**30 else f"{amount / 2**20:.2f} MiB"
 
 
 def _steps(root: Path) -> list[int]:

@@ -34,6 +34,31 @@ class DriftSection(Section):
     )
 
 
+class BadBatchSection(Section):
+    """What is no batch to train on, and what becomes of it. A loss or gradient that is not finite always counts."""
+
+    action: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="`stop` ends the run, with the step's number. `skip` goes on without the update (nor "
+        "those that would follow it in the step): the step is counted, named in events.jsonl and in the manifest "
+        "(`skipped`). Either way the samples are kept in `bad_batches/`.",
+    )
+    most: int = Field(default=3, ge=0, description="`skip`: steps in a row that may be skipped; one more ends the run.")
+    kl_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest KL to the reference, nats a response, mean of the batch and without its sign. null: none; "
+        "what is much depends on the length of the responses.",
+    )
+    flat_limit: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Largest share of prompts whose samples all have the same reward (metric `reward/flat_share`). "
+        "null: none; rewards that are right or wrong are often all alike.",
+    )
+
+
 class KLSection(Section):
     """The penalty for leaving the frozen reference policy."""
 
@@ -153,6 +178,10 @@ class LearnerSection(Section):
     drift: DriftSection = Field(
         default_factory=lambda: DriftSection.model_validate({}),
         description="What the rollouts recorded against what the learner computes.",
+    )
+    bad_batch: BadBatchSection = Field(
+        default_factory=lambda: BadBatchSection.model_validate({}),
+        description="Batches that must not be trained on.",
     )
     value_function: Literal["shared", "separate", "from_reward_model"] = Field(
         default="shared",
@@ -291,6 +320,8 @@ class LearnerSection(Section):
             raise ValueError(
                 f"learner.advantage: {self.advantage} is for objective: ppo; with policy_gradient set `baseline`"
             )
+        if self.min_ranks is not None and self.min_ranks > self.ranks:
+            raise ValueError(f"learner.min_ranks: {self.min_ranks} is more than learner.ranks {self.ranks}")
         own = self.value_function == "from_reward_model"
         if own != (self.value_model is not None):
             raise ValueError(
@@ -306,8 +337,6 @@ class LearnerSection(Section):
             raise ValueError(
                 f"learner.value_hidden: {self.value_hidden}, but from_reward_model has the reward model's head"
             )
-        if self.min_ranks is not None and self.min_ranks > self.ranks:
-            raise ValueError(f"learner.min_ranks: {self.min_ranks} is more than learner.ranks {self.ranks}")
         if self.kl.controller == "adaptive" and (self.kl.place == "none" or self.kl.coef == 0):
             raise ValueError("kl.controller: adaptive needs kl.place: reward or loss, and kl.coef > 0")
         return self

@@ -15,9 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from learner.bad_batch import NonFinite
 from learner.config import LearnerSection
 from learner.microbatch import Family
 from learner.policy import ModelInput, PolicyOutput, PolicyWithValue, enable_gradient_checkpointing, parameter_groups
+from learner.reshard import resharded
 from learner.scoring_model import ScoringInput, ScoringModel
 from learner.zero import deepspeed_config
 
@@ -32,10 +34,6 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("DeepSpeed").addFilter(_worth_saying)
-
-
-class NonFinite(Exception):  # noqa: N818 - reads as what it says where it is raised
-    """A loss or gradient that is not a finite number: training stops. What was committed before is untouched."""
 
 
 class Engine:
@@ -100,9 +98,14 @@ class Engine:
         return self._engine(batch.to(self.device))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds the gradient of this rank's micro-batch; `last` of the minibatch."""
+        """Adds the gradient of this rank's micro-batch; `last` of the minibatch.
+
+        A loss that is not finite may have a gradient that is (of what it was clipped to): it is made not to be, so that
+        no rank takes the step.
+        """
+        factor = torch.where(torch.isfinite(loss.detach()), float(self.world_size), math.nan)
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
 
     def update(self) -> float:
         """One optimiser update from what was added up. Returns the global norm of the gradient before clipping.
@@ -142,8 +145,12 @@ class Engine:
         """Weights, optimiser state and DeepSpeed's counters, each rank its part, under `directory`/engine."""
         self._engine.save_checkpoint(directory, tag="engine", save_latest=False)
 
-    def load(self, directory: str, *, updates_done: int) -> None:
-        """What `save` wrote, at the same number of ranks: bit for bit."""
+    def load(self, directory: str, *, updates_done: int, ranks: int) -> None:
+        """What `save` wrote on so many ranks: bit for bit, here on as many or on another number."""
+        if ranks != self.world_size:
+            with resharded(directory, self._engine, self._optimizer) as own:
+                self.load(own, updates_done=updates_done, ranks=self.world_size)
+            return
         path, _ = self._engine.load_checkpoint(directory, tag="engine", load_lr_scheduler_states=False)
         if path is None:
             raise FileNotFoundError(f"{directory}/engine holds no engine state")

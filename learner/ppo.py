@@ -8,6 +8,7 @@ advantages, metrics) is computed on every rank alike.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from learner.advantages import Advantages, Estimator, Experience, FinishLength, estimate
+from learner.bad_batch import BadBatch, NonFinite, check_batch, flat_share
 from learner.batch import Batch, batch_of
 from learner.config import LearnerSection
 from learner.drift import check, choose, differences
-from learner.engine import Engine, NonFinite, Reference, add_over_ranks
+from learner.engine import Engine, Reference, add_over_ranks
 from learner.kl import KLController, kl_loss, kl_penalty, kl_per_sequence
 from learner.losses import (
     Normaliser,
@@ -82,11 +84,15 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`samples` are figures for the sample log, by sample id; `state` goes into the next step."""
+    """`samples` are figures for the sample log, by sample id; `state` goes into the next step.
+
+    `bad` says why the batch was not trained on, where it was not (`learner.bad_batch`).
+    """
 
     metrics: dict[str, float]
     samples: dict[str, dict[str, float]]
     state: TrainerState
+    bad: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def train_step(
     """One step on these groups, which are in lease order. Collective.
 
     Raises:
-        NonFinite: a loss or gradient of this step is not finite; the message names the step.
+        BadBatch: the recipe stops at such a batch; the message names the step. NonFinite where a loss or gradient is.
         DriftExceeded: rollouts and learner disagree by more than the recipe allows.
         ValueError: the groups hold nothing that can be trained on.
     """
@@ -120,6 +126,19 @@ def train_step(
     batch = batch_of(groups, replay=rules.replay)
     drift = {} if recorder is None else _drift(engine, recorder, batch, step, rules)
     ref_logprobs, values, next_values = _before(engine, reference, batch, rules)
+    seen = {
+        **reward_metrics(batch),
+        "reward/flat_share": flat_share(batch),
+        **length_metrics(batch),
+        **version_metrics(batch, step),
+        **drift,
+    }
+    kl = float(kl_per_sequence(batch.behaviour, ref_logprobs, batch.mask).mean())
+    before = state
+    try:
+        check_batch(batch, kl, section.bad_batch)
+    except BadBatch as problem:
+        return _left_out(type(problem)(f"step {step}: {problem}"), seen, before, section)
     state = replace(state, standardiser=_taken(section, state.standardiser, batch.rewards))
     coef = 0.0 if section.kl.place == "none" else state.controller.coef
     penalty = kl_penalty(batch.behaviour, ref_logprobs, batch.mask, coef) if section.kl.place == "reward" else None
@@ -137,23 +156,29 @@ def train_step(
             f"step {step}: every response was cut at the token limit, and `finish_length: mask` gives those no loss"
         )
     targets = _Targets(advantages, ref_logprobs, values, coef)
-    metrics = {
-        **reward_metrics(batch),
-        **length_metrics(batch),
-        **version_metrics(batch, step),
-        **drift,
+    seen |= {
         **kl_metrics(batch, ref_logprobs, coef),
         **advantage_metrics(batch, advantages, values),
         "policy/lr": engine.learning_rate("policy"),
         **({} if values is None else {"value/lr": engine.learning_rate("value")}),
-        **_updates(engine, batch, targets, step, rules),
     }
-    kl = float(kl_per_sequence(batch.behaviour, ref_logprobs, batch.mask).mean())
+    try:
+        metrics = {**seen, "policy/skipped": 0.0, **_updates(engine, batch, targets, step, rules)}
+    except BadBatch as problem:
+        return _left_out(problem, seen, before, section)
     return StepResult(
         metrics=metrics,
         samples=sample_figures(batch, advantages, ref_logprobs, values),
         state=replace(state, controller=state.controller.update(kl, len(batch.samples))),
     )
+
+
+def _left_out(problem: BadBatch, seen: dict[str, float], before: TrainerState, section: LearnerSection) -> StepResult:
+    """A step without an update: the state is that before it. Raises the problem where the recipe stops at one."""
+    if section.bad_batch.action == "stop":
+        raise problem
+    finite = {name: value for name, value in seen.items() if math.isfinite(value)}
+    return StepResult({**finite, "policy/skipped": 1.0}, {}, before, str(problem))
 
 
 def _drift(engine: Engine, recorder: Recorder, batch: Batch, step: int, rules: Rules) -> dict[str, float]:

@@ -39,8 +39,9 @@ class TrainingFiles:
 
         UserError: it is damaged.
         """
-        progress = Progress(**read_commit(checkpoint).manifest["progress"])
-        self._engine.load(checkpoint, updates_done=progress.updates)
+        manifest = read_commit(checkpoint).manifest
+        progress = Progress(**manifest["progress"])
+        self._engine.load(checkpoint, updates_done=progress.updates, ranks=manifest["ranks"])
         if self._engine.rank == 0 and self._metrics.exists():
             lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             self._metrics.write_text("".join(lines[: progress.reports]), encoding="utf-8")
@@ -65,7 +66,7 @@ class TrainingFiles:
         self._engine.save(str(directory))
         torch.distributed.barrier()
         if self._engine.rank == 0:
-            commit_checkpoint(directory, {"progress": asdict(progress)})
+            commit_checkpoint(directory, {"progress": asdict(progress), "ranks": self._engine.world_size})
             prune_checkpoints(self._work, keep=1)
             best = self._kept(progress.kept.get("updates"))
             for path in self._work.glob("kept_*"):

@@ -106,10 +106,12 @@ class LearnerWorker:
 
     @collective
     def train_step(self, step: int, group_ids: Sequence[str], stream_url: str, run_id: str) -> dict[str, Any]:
-        """Trains on these groups, in this order. Returns `metrics`, and `samples`: figures for the log by sample id.
+        """Trains on these groups, in this order.
+
+        Returns `metrics`; `samples`, figures for the log by sample id; `bad`, why the step was skipped, or None.
 
         Raises:
-            NonFinite: names the step; what was committed is untouched.
+            BadBatch: the recipe stops at such a batch. Names the step; what was committed is untouched.
         """
         return self.train_on(step, self._fetch(group_ids, stream_url, run_id))
 
@@ -118,7 +120,7 @@ class LearnerWorker:
         assert self._reference is not None
         result = train_step(self.engine, self._reference, groups, step, self._rules(), self.trainer, self._recorder)
         self.trainer = result.state
-        return {"metrics": result.metrics, "samples": result.samples}
+        return {"metrics": result.metrics, "samples": result.samples, "bad": result.bad}
 
     @collective
     def publish(self, version: tuple[int, int], directory: str) -> str:
@@ -312,7 +314,7 @@ class LearnerWorker:
     def _fetch(self, group_ids: Sequence[str], url: str, run_id: str) -> list[Group]:
         if self._ledger is None or self._ledger[0] != url:
             self._ledger = (url, open_ledger(url, run_id, self._stream))
-        return self._ledger[1].fetch(list(group_ids))
+        return self._ledger[1].fetch(list(group_ids), wait_s=self._stream.patience_s)
 
     def _host(self) -> str:
         """The address that other nodes reach this one by; loopback where the ranks are all here."""

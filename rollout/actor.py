@@ -17,6 +17,7 @@ from rollout.engine import Engine
 from rollout.prepare import Preparation, group_of, group_seed, prepare, request_of, sampling_of
 from services.errors import UserError
 from services.records import Failure, Group, Lease, PolicyVersion
+from services.stream.errors import StreamLost
 from services.stream.ledger import Ledger, LoadWeights, Wait
 from services.transfer.offer import Broken, is_offer, read_offer
 from services.weights import Corrupt
@@ -182,7 +183,12 @@ class RolloutLoop:
     async def _renew(self, lease: Lease) -> None:
         while True:
             await asyncio.sleep(self._section.lease_s / 3)
-            await asyncio.to_thread(
-                self._ledger.renew, self._owner, lease.group_id, lease.attempt, self._section.lease_s
-            )
+            try:
+                await asyncio.to_thread(
+                    self._ledger.renew, self._owner, lease.group_id, lease.attempt, self._section.lease_s
+                )
+            except StreamLost as lost:
+                # Redis may be back before the group is done: then it is not to be lost for want of a renewal.
+                log.warning("%s: a lease is not renewed: %s", self._owner, lost)
+                continue
             self.counters.renewed += 1

@@ -101,6 +101,12 @@ class RolloutSection(Section):
         gt=0,
         description="A lease not renewed for this long (s) is given to another actor. Renewed every third of it.",
     )
+    lease_losses: int = Field(
+        default=5,
+        ge=0,
+        description="Leases that a group may lose to actors that die or fall silent; one more fails it, with its "
+        "reason. More than chance takes in a long run, and a prompt that kills its actors does not end the run.",
+    )
     poll_s: float = Field(default=0.05, gt=0, description="Pause (s) before an idle actor asks for a lease again.")
 
     @property

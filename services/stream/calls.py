@@ -22,7 +22,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from services.stream.errors import LedgerError, StreamFull, StreamLost, StreamUnavailable
+from services.stream.errors import LedgerError, LedgerLost, StreamFull, StreamLost, StreamUnavailable
 
 T = TypeVar("T")
 Argument = str | int | float | bytes
@@ -68,11 +68,11 @@ class Calls:
 
         return self._patiently(f"the ledger's {name}", call)
 
-    def commands(self, all_args: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Several commands that only read, in one round trip."""
+    def commands(self, all_args: Sequence[Sequence[Argument]], *, at_once: bool = False) -> list[Any]:
+        """Several commands that only read, in one round trip; with `at_once`, nothing comes between them."""
 
         def call() -> list[Any]:
-            with self._client.pipeline(transaction=False) as pipe:  # pyright: ignore[reportUnknownMemberType]
+            with self._client.pipeline(transaction=at_once) as pipe:  # pyright: ignore[reportUnknownMemberType]
                 for args in all_args:
                     pipe.execute_command(*args)  # pyright: ignore[reportUnknownMemberType]
                 return pipe.execute()
@@ -106,6 +106,8 @@ def _translated(error: ResponseError, where: str) -> Exception:
     text = str(error)
     if text.startswith("LEDGER "):
         return LedgerError(text.removeprefix("LEDGER "))
+    if text.startswith("LOST "):
+        return LedgerLost(f"{where}: {text.removeprefix('LOST ')}")
     if text.startswith("MISCONF") or "OOM command not allowed" in text:
         return StreamFull(f"{where} refuses writes: {text}")
     return error

@@ -32,6 +32,12 @@ class StreamSection(Section):
         "(not the process) dies; what is lost is rebuilt from the last commit, so the slower `always` is seldom worth "
         "its price.",
     )
+    restarts: int = Field(
+        default=10,
+        ge=0,
+        description="Deaths of the embedded server within ten minutes that are made good: it is started again with its "
+        "data. More are no accident.",
+    )
     maxmemory_mb: int | None = Field(
         default=None,
         ge=16,

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -24,7 +25,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 from services.errors import Deadline, UserError
 from services.stream import launch_redis
@@ -128,6 +129,7 @@ class EmbeddedRedis:
                 self._port = _free_port()
             # Named by process: two drivers may come to one directory at once, before the lock decides between them.
             config = self.directory / f"redis-{os.getpid()}.conf"
+            said = self._log_size()
             _write_private(config, self._config())
             try:
                 self._launch(config)
@@ -135,6 +137,8 @@ class EmbeddedRedis:
             finally:
                 config.unlink(missing_ok=True)
             if ready:
+                if b"aof-load-truncated" in self._log_since(said):
+                    self._rewrite_log()
                 _write_private(self.directory / "address.json", json.dumps({"url": self.url, "pid": self.pid}))
                 return
             if fresh:
@@ -153,6 +157,24 @@ class EmbeddedRedis:
         log.warning("%r did not end within %g s of SIGTERM and is killed", self, _STOP_S)
         self._server.kill()
         self._server.wait(_STOP_S)
+
+    def kill(self) -> None:
+        """Ends a server that does not answer; what it has answered stays. Returns when it is gone."""
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait(_STOP_S)
+
+    def set_log_aside(self) -> Path | None:
+        """Puts an append-only file that the server refuses to load under another name, and returns it.
+
+        None where the server said nothing of the kind: then its data is not what kept it from starting.
+        """
+        file = self.directory / "appendonly.aof"
+        if not file.exists() or not re.search(r"(?i)bad file format|wrong signature", self._log_end()):
+            return None
+        aside = file.with_name(f"{file.name}.damaged-{time.time_ns()}")
+        file.rename(aside)
+        return aside
 
     def _launch(self, config: Path) -> None:
         started = threading.Event()
@@ -237,6 +259,31 @@ class EmbeddedRedis:
         if self._maxmemory_mb is not None:
             lines.append(f"maxmemory {self._maxmemory_mb}mb")
         return "\n".join(lines) + "\n"
+
+    def _rewrite_log(self) -> None:
+        """Writes the append-only file anew after its torn end was cut off.
+
+        Redis 6.2 cuts in the middle of a transaction, and carries out the part that is left at the start after next.
+        """
+        client = connect(self.url, self._start_s)
+        try:
+            client.execute_command("BGREWRITEAOF")  # pyright: ignore[reportUnknownMemberType]
+            give_up = time.monotonic() + self._start_s
+            while cast(dict[str, Any], client.execute_command("INFO", "persistence"))["aof_rewrite_in_progress"]:  # pyright: ignore[reportUnknownMemberType]
+                if time.monotonic() >= give_up:
+                    raise Deadline(
+                        waited_for="the append-only file to be rewritten", who=repr(self), seconds=self._start_s
+                    )
+                time.sleep(0.02)
+        finally:
+            client.close()
+
+    def _log_size(self) -> int:
+        path = self.directory / "redis.log"
+        return path.stat().st_size if path.exists() else 0
+
+    def _log_since(self, size: int) -> bytes:
+        return (self.directory / "redis.log").read_bytes()[size:]
 
     def _log_end(self) -> str:
         path = self.directory / "redis.log"

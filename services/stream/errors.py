@@ -19,5 +19,9 @@ class LedgerError(Exception):
     """The ledger was asked for something that would break an invariant; nothing was changed."""
 
 
+class LedgerLost(LedgerError):  # noqa: N818
+    """Redis no longer holds what the driver wrote last, or another driver has claimed the ledger. Nothing changed."""
+
+
 class CodecError(Exception):
     """Bytes that are not a record of this schema version."""

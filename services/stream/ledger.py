@@ -13,31 +13,43 @@ Invariants, and where each is kept:
    a failed one is replaced by the next leased. Groups older than allowed are generated again and counted, never trained
    on.
 
+4. What the driver writes is a chain of calls: Redis keeps the name of the last, and a call that does not follow on it
+   is refused. So a Redis that came back empty, or without its last second, is noticed by the first call that could
+   build on what is lost; `on_lost` then makes the ledger anew from what the driver knows, and the call is made again.
+
 A call whose reply was lost is sent again with the same token and gets the reply it had: nothing happens twice.
 What crosses is msgpack and JSON. Keys begin with `attune:{RUN}:`; core commands of Redis 6.2 only.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast
 from uuid import uuid4
 
 import redis
 
-from services.records import Failure, Group, GroupState, Lease, PolicyVersion, Prompt
-from services.stream.calls import Argument, Calls
-from services.stream.codec import decode_group, decode_prompt, encode_group, encode_prompt, failure_from_json
+from services.records import Failure, Group, Lease, PolicyVersion, Prompt
+from services.stream.account import STATES, Account, Gate, GroupRow, chunks, text
+from services.stream.calls import Argument
+from services.stream.codec import decode_group, decode_prompt, encode_group, encode_prompt
 from services.stream.config import StreamSection
 from services.stream.connect import connect
-from services.stream.errors import LedgerError
+from services.stream.errors import LedgerError, LedgerLost
 
-T = TypeVar("T")
+__all__ = ["STATES", "Gate", "GroupRow", "Ledger", "LoadWeights", "Wait", "open_ledger"]
 
-STATES: tuple[GroupState, ...] = get_args(GroupState)
 SCORERS = "scorers"
-CHUNK = 500
-"""Groups one script handles in a call: Redis serves nobody else meanwhile."""
+
+LEASE_EXPIRED = Failure(
+    kind="infra", code="lease_expired", message="the actor that held the group did not renew its lease in time"
+)
+OWNER_DIED = Failure(kind="infra", code="owner_died", message="the actor that held the group died")
+
+REBUILDS = 3
+"""Times that one call has the ledger made anew and is made again, where Redis keeps losing it."""
+
+_LOOK_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -55,63 +67,46 @@ class Wait:
     reason: Literal["gate", "empty", "no_payload"]
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What leases are given under: the version to hold, its manifest, and how many groups may ever be admitted."""
-
-    version: PolicyVersion
-    weights: str
-    limit: int
-
-
-@dataclass(frozen=True)
-class GroupRow:
-    """One line of the account: where a group is, and why it is not committed."""
-
-    group_id: str
-    state: GroupState
-    epoch: int
-    order: int
-    attempt: int
-    owner: str | None
-    step: int | None
-    version: PolicyVersion | None
-    failure: Failure | None
-    """Why it failed; of a pending group, why it went back."""
-
-
-class Ledger:
+class Ledger(Account):
     """One run's ledger. Safe to use from several threads and processes; every process has its own.
 
-    Every method raises StreamLost where Redis does not answer for `patience_s` seconds, StreamFull where it refuses
-    writes, LedgerError where the request would break an invariant; then nothing has changed.
+    `lease_losses` (the driver's): leases that a group may lose to owners that die or fall silent; one more fails it,
+    None sets no bound. Every method raises StreamLost where Redis does not answer for `patience_s` seconds, StreamFull
+    where it refuses writes, LedgerError where the request would break an invariant; then nothing has changed.
     """
 
-    def __init__(self, client: redis.Redis, run_id: str, *, patience_s: float = 30.0) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", run_id):
-            raise ValueError(f"run id {run_id!r}: allowed are letters, digits, '_', '.' and '-'")
-        self._calls = Calls(client, patience_s)
-        self._prefix = f"attune:{{{run_id}}}:"
+    def __init__(
+        self, client: redis.Redis, run_id: str, *, patience_s: float = 30.0, lease_losses: int | None = None
+    ) -> None:
+        super().__init__(client, run_id, patience_s=patience_s)
+        self._patience_s = patience_s
+        self._lease_losses = "" if lease_losses is None else lease_losses
         self._heard = "0-0"
         self._recalled: set[str] = set()
+        self._last_call = ""
+        self.opened: Gate | None = None
+        """The gate as this object opened it last."""
+        self.on_lost: Callable[[], None] | None = None
+        """Makes anew what Redis has lost (`forget` ... `rebuild`, the gate). None: the call raises LedgerLost."""
+        self._rebuilding = False
 
     # ---- the driver: what there is to do
 
     def register(self, epoch: int, groups: Sequence[tuple[str, int]]) -> int:
         """Makes (group id, place in lease order) known, as pending; known ones stay. Returns how many are new."""
         return sum(
-            int(self._script("register", epoch, *(value for pair in chunk for value in pair)))
-            for chunk in _chunks(groups)
+            int(self._driven("register", epoch, *(value for pair in chunk for value in pair)))
+            for chunk in chunks(groups)
         )
 
     def missing_payload(self, count: int) -> list[str]:
         """The next `count` pending groups that have no prompt yet, in lease order."""
-        return [_text(i) for i in self._calls.command("ZRANGE", self._key("bare"), 0, count - 1)] if count > 0 else []
+        return [text(i) for i in self._calls.command("ZRANGE", self._key("bare"), 0, count - 1)] if count > 0 else []
 
     def attach(self, prompts: Mapping[str, Prompt]) -> int:
         """Gives groups their prompts, which they keep until they are committed or failed. Returns how many took one."""
         taken = 0
-        for chunk in _chunks(list(prompts.items())):
+        for chunk in chunks(list(prompts.items())):
             taken += int(self._script("attach", *(v for i, prompt in chunk for v in (i, encode_prompt(prompt)))))
         return taken
 
@@ -120,17 +115,12 @@ class Ledger:
 
         Neither the version nor, within an incarnation, the limit goes back.
         """
-        self._script("open_gate", version.incarnation, version.step, weights, limit)
+        self._driven("open_gate", version.incarnation, version.step, weights, limit)
+        self.opened = Gate(version, weights, limit)
 
     def close_gate(self) -> None:
         """No lease is given until the gate is opened again; work under way goes on."""
-        self._script("close_gate", "0")
-
-    def gate(self) -> Gate | None:
-        fields = self._calls.command("HMGET", self._key("gate"), "incarnation", "step", "weights", "limit")
-        if fields[0] is None:
-            return None
-        return Gate(PolicyVersion(int(fields[0]), int(fields[1])), _text(fields[2]), int(fields[3]))
+        self._script("close_gate")
 
     # ---- a rollout actor
 
@@ -138,13 +128,13 @@ class Ledger:
         """The next group to generate, or the weights to load first, or why there is nothing to do now."""
         incarnation, step = ("", "") if loaded is None else loaded
         reply = self._script("lease", owner, uuid4().hex, incarnation, step, int(ttl_s * 1000))
-        kind = _text(reply[0])
+        kind = text(reply[0])
         if kind == "load":
-            return LoadWeights(PolicyVersion(int(reply[1]), int(reply[2])), _text(reply[3]))
+            return LoadWeights(PolicyVersion(int(reply[1]), int(reply[2])), text(reply[3]))
         if kind == "wait":
-            return Wait(cast(Literal["gate", "empty", "no_payload"], _text(reply[1])))
+            return Wait(cast(Literal["gate", "empty", "no_payload"], text(reply[1])))
         return Lease(
-            group_id=_text(reply[1]),
+            group_id=text(reply[1]),
             attempt=int(reply[2]),
             epoch=int(reply[3]),
             order=int(reply[4]),
@@ -168,7 +158,7 @@ class Ledger:
         it, and the next group leased takes its place. "late": the attempt is no longer the group's; nothing happened.
         """
         arguments = (group_id, attempt, failure.kind, failure.model_dump_json(), budget, uuid4().hex)
-        return cast(Literal["pending", "failed", "late"], _text(self._script("fail", *arguments)))
+        return cast(Literal["pending", "failed", "late"], text(self._script("fail", *arguments)))
 
     # ---- a scoring worker
 
@@ -178,14 +168,17 @@ class Ledger:
         A consumer's first read is of what was given to it before: a worker that takes a dead one's name goes on with
         what that one had. Waits up to `block_ms` for new ones, and never longer than half the client's socket timeout.
         """
-        try:
-            rows = self._read(consumer, count, block_ms, min_idle_ms)
-        except redis.ResponseError as error:
-            if not str(error).startswith("NOGROUP"):
-                raise
-            self._make_consumer_group()  # the first reader of a run, or a Redis that came back empty
-            rows = self._read(consumer, count, block_ms, min_idle_ms)
-        return [(_text(entry), decode_group(fields[b"group"])) for entry, fields in rows]
+        rows: list[Any] = []
+        for _ in range(2):
+            try:
+                rows = self._read(consumer, count, block_ms, min_idle_ms)
+                break
+            except redis.ResponseError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+                # The first reader of a run, a Redis that came back empty, a ledger that was made anew meanwhile.
+                self._make_consumer_group()
+        return [(text(entry), decode_group(fields[b"group"])) for entry, fields in rows]
 
     def _read(self, consumer: str, count: int, block_ms: int, min_idle_ms: int) -> list[Any]:
         stream = self._key("stream:generated")
@@ -212,15 +205,24 @@ class Ledger:
 
     # ---- the driver: leases that end, batches, commits
 
-    def expire_leases(self, budget: int | None = None) -> list[str]:
-        """Leases past their time: back to pending, or failed where a group has expired more than `budget` times."""
-        failure = Failure(kind="infra", code="lease_expired", message="every actor that held the group lost its lease")
-        reply = self._script("expire_leases", -1 if budget is None else budget, failure.model_dump_json())
-        return [_text(i) for i in reply]
+    def expire_leases(self) -> list[str]:
+        """Leases past their time: back to pending, or failed where a group has lost more than `lease_losses`.
+
+        A slow owner renews what it holds and loses nothing, however long it takes.
+        """
+        reply = self._script("expire_leases", self._lease_losses, LEASE_EXPIRED.model_dump_json())
+        return [text(i) for i in reply]
+
+    def extend_leases(self, seconds: float) -> None:
+        """No lease ends within `seconds` from now: after Redis was away, owners that live renew theirs first."""
+        self._script("extend_leases", int(seconds * 1000))
 
     def release(self, owner: str) -> list[str]:
-        """What a dead actor held goes back to pending."""
-        return [_text(i) for i in self._script("release", owner)]
+        """What a dead actor held goes back to pending, or failed where a group has lost more than `lease_losses`.
+
+        So that a prompt that takes its actor down with it does not take down the run.
+        """
+        return [text(i) for i in self._script("release", owner, self._lease_losses, OWNER_DIED.model_dump_json())]
 
     def take(self, step: int, size: int, *, final: bool = False, oldest_step: int | None = None) -> list[str] | None:
         """The batch of `step`: the next `size` groups in lease order, once each is scored; None until then.
@@ -230,15 +232,28 @@ class Ledger:
         later groups at a later step than the admission limit reckons with. Groups of the batch that were generated by a
         version before `oldest_step` go back to pending.
         """
-        reply = self._script("take", step, size, int(final), "" if oldest_step is None else oldest_step)
-        return None if reply[0] == b"wait" else [_text(i) for i in reply[1:]]
+        reply = self._driven("take", step, size, int(final), "" if oldest_step is None else oldest_step)
+        return None if reply[0] == b"wait" else [text(i) for i in reply[1:]]
 
-    def fetch(self, group_ids: Sequence[str]) -> list[Group]:
-        """Scored groups, in the order asked for; they stay until a commit contains them."""
+    def fetch(self, group_ids: Sequence[str], *, wait_s: float = 0.0) -> list[Group]:
+        """Scored groups, in the order asked for; they stay until a commit contains them.
+
+        Those that Redis has lost are waited for `wait_s` seconds, for the driver puts back what it has.
+        """
+        give_up = time.monotonic() + wait_s
+        while True:
+            try:
+                return self._fetch(group_ids)
+            except LedgerError:
+                if time.monotonic() >= give_up:
+                    raise
+            time.sleep(min(_LOOK_AGAIN_S, wait_s))
+
+    def _fetch(self, group_ids: Sequence[str]) -> list[Group]:
         entries = self._calls.commands([("HMGET", self._key(f"group:{i}"), "entry", "state") for i in group_ids])
         for group_id, (entry, state) in zip(group_ids, entries, strict=True):
             if entry is None or state not in (b"scored", b"consumed"):
-                raise LedgerError(f"group {group_id} has no scored samples: its state is {_text(state or b'unknown')}")
+                raise LedgerError(f"group {group_id} has no scored samples: its state is {text(state or b'unknown')}")
         stream = self._key("stream:scored")
         found = self._calls.commands([("XRANGE", stream, entry, entry) for entry, _ in entries])
         for group_id, rows in zip(group_ids, found, strict=True):
@@ -252,7 +267,7 @@ class Ledger:
         Returns how many were not yet committed. Refuses a group that is committed in another step.
         """
         return sum(
-            int(self._script("commit", step, *chunk)) for step, groups in steps.items() for chunk in _chunks(groups)
+            int(self._driven("commit", step, *chunk)) for step, groups in steps.items() for chunk in chunks(groups)
         )
 
     def wait_scored(self, block_ms: int) -> bool:
@@ -262,8 +277,19 @@ class Ledger:
         if not self._calls.command("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", bell, self._heard):
             return False
         last = self._calls.command("XREVRANGE", bell, "+", "-", "COUNT", 1)
-        self._heard = _text(last[0][0]) if last else "0-0"
+        self._heard = text(last[0][0]) if last else "0-0"
         return True
+
+    # ---- the driver: a ledger that is the manifest's projection
+
+    def claim(self) -> None:
+        """Takes the ledger for this object: what was called from another one before is refused from now on.
+
+        Forgets the gate: nothing is leased until it is opened again, with any version and limit.
+        """
+        call = uuid4().hex
+        self._script("claim", call)
+        self._last_call = call
 
     def reconcile(self, committed: Mapping[int, Sequence[str]], failed: Mapping[str, Failure]) -> dict[str, int]:
         """Makes the ledger the projection of the manifest. After `register`, before any lease; resumable at any line.
@@ -271,70 +297,80 @@ class Ledger:
         In the manifest -> committed, or failed; committed here but not there -> pending; consumed -> scored, lower in
         order than what was scored after it, so taken again in the same step and place; leased, or its stream entry
         lost -> pending; generated stays. A group that had failed since the last commit stays failed, so that the
-        batches come out the same. The gate is shut until `open_gate`, with any version and limit.
+        batches come out the same. Claims the ledger.
         Returns how many groups went back, by where to: {"rescored": .., "pending": .., "uncommitted": ..}.
         """
-        self._script("close_gate", "1")
-        in_manifest = {group for groups in committed.values() for group in groups}
-        had = [_text(i) for i in self._calls.command("ZRANGE", self._key("state:committed"), 0, -1)]
         step_of = {group: step for step, groups in committed.items() for group in groups}
         if len(step_of) != sum(map(len, committed.values())):
             raise LedgerError("the manifest holds a group twice")
+        self.claim()
+        had = self.ids("committed")
         steps = self._calls.commands([("HGET", self._key(f"group:{i}"), "step") for i in had])
         # Committed by a commit that the run does not resume from, or there in another step.
-        stray = [i for i, step in zip(had, steps, strict=True) if i not in in_manifest or int(step) != step_of[i]]
-        for chunk in _chunks(stray):
-            self._script("uncommit", *chunk)
+        stray = [i for i, step in zip(had, steps, strict=True) if i not in step_of or int(step) != step_of[i]]
+        for chunk in chunks(stray):
+            self._driven("uncommit", *chunk)
         self.commit(committed)
-        for chunk in _chunks(list(failed.items())):
-            self._script("mark_failed", *(value for i, why in chunk for value in (i, why.model_dump_json())))
-        rescored, pending = self._script("sweep")
+        self._mark_failed(failed)
+        rescored, pending = self._driven("sweep")
         return {"rescored": int(rescored), "pending": int(pending), "uncommitted": len(stray)}
 
-    # ---- the account
+    def rebuild(
+        self,
+        committed: Mapping[int, Sequence[str]],
+        failed: Mapping[str, Failure],
+        trained: Mapping[int, Sequence[str]],
+        batch: tuple[int, Sequence[Group]] | None,
+    ) -> None:
+        """Makes the ledger anew in the middle of a run, where Redis has lost something and everybody else lives.
 
-    def counts(self) -> dict[str, int]:
-        """Groups by state; every state is there."""
-        replies = self._calls.commands([("ZCARD", self._key(f"state:{state}")) for state in STATES])
-        return dict(zip(STATES, map(int, replies), strict=True))
-
-    def counters(self) -> dict[str, int]:
-        """Events since the run began; those that never happened are absent.
-
-        late, late_scores, late_failures, failures_infra, failures_data, expired, released, regenerated, uncommitted.
+        After `forget`, `claim` and `register`. `trained`: steps that the learner has in it and no commit contains:
+        consumed, so that nobody generates them again. `batch`: the step under way and its groups, whose samples go back
+        onto the stream. Everything else is pending: an answer to a lease of before is late.
         """
-        found = cast(dict[bytes, bytes], self._calls.command("HGETALL", self._key("counters")))
-        return {_text(name): int(value) for name, value in found.items()}
-
-    def list(self, state: GroupState, limit: int | None = None) -> Iterator[GroupRow]:
-        """The groups in a state, in lease order."""
-        ids = self._calls.command("ZRANGE", self._key(f"state:{state}"), 0, -1 if limit is None else limit - 1)
-        for chunk in _chunks([_text(i) for i in ids]) if limit != 0 else ():
-            names = ("epoch", "order", "attempt", "owner", "step", "version_inc", "version_step", "failure")
-            replies = self._calls.commands([("HMGET", self._key(f"group:{i}"), *names) for i in chunk])
-            for group_id, (epoch, order, attempt, owner, step, inc, version_step, failure) in zip(
-                chunk, replies, strict=True
-            ):
-                yield GroupRow(
-                    group_id=group_id,
-                    state=state,
-                    epoch=int(epoch),
-                    order=int(order),
-                    attempt=int(attempt),
-                    owner=None if owner is None else _text(owner),
-                    step=None if step is None else int(step),
-                    version=None if inc is None else PolicyVersion(int(inc), int(version_step)),
-                    failure=None if failure is None else failure_from_json(failure),
+        self.commit(committed)
+        self._mark_failed(failed)
+        for step, groups in trained.items():
+            for chunk in chunks(groups):
+                self._driven("consume", step, *chunk)
+        if batch is not None:
+            step, samples = batch
+            self._driven("consume", step, *(group.group_id for group in samples))
+            for group in samples:
+                version = group.version
+                self._driven(
+                    "put_back", group.group_id, group.attempt, version.incarnation, version.step, encode_group(group)
                 )
+
+    def _mark_failed(self, failed: Mapping[str, Failure]) -> None:
+        for chunk in chunks(list(failed.items())):
+            self._driven("mark_failed", *(value for i, why in chunk for value in (i, why.model_dump_json())))
+
+    def look(self) -> tuple[str, bool]:
+        """The name of the server's process, and whether it holds what this object called last.
+
+        Another name is a Redis that was restarted, or another one in its place.
+        """
+        info, mark = self._calls.commands([("INFO", "server"), ("GET", self._key("mark"))])
+        return str(info["run_id"]), text(mark or "") == self._last_call
 
     def flush(self) -> None:
         """Forgets the run: removes every key of it and of no other."""
+        self._remove(keep=())
+
+    def forget(self) -> None:
+        """`flush`, but for the counters of what has happened."""
+        self._remove(keep=(self._key("counters").encode(),))
+
+    def _remove(self, *, keep: Sequence[bytes]) -> None:
         cursor = 0
         while True:
             cursor, keys = self._calls.command("SCAN", cursor, "MATCH", self._prefix + "*", "COUNT", 1000)
-            if keys:
-                self._calls.command("UNLINK", *keys)
+            gone = [key for key in keys if key not in keep]
+            if gone:
+                self._calls.command("UNLINK", *gone)
             if int(cursor) == 0:
+                self._last_call = ""
                 return
 
     def _make_consumer_group(self) -> None:
@@ -344,27 +380,39 @@ class Ledger:
             if not str(error).startswith("BUSYGROUP"):
                 raise
 
-    def _key(self, name: str) -> str:
-        return self._prefix + name
-
     def _script(self, name: str, *args: Argument) -> Any:
         return self._calls.script(name, self._prefix, *args)
 
+    def _driven(self, name: str, *args: Argument) -> Any:
+        """A call in the driver's chain."""
+        for _ in range(REBUILDS):
+            try:
+                return self._next_in_chain(name, *args)
+            except LedgerLost:
+                if self.on_lost is None or self._rebuilding:
+                    raise
+                self._rebuilding = True
+                try:
+                    self.on_lost()
+                except LedgerLost:
+                    continue  # lost again meanwhile
+                finally:
+                    self._rebuilding = False
+        return self._next_in_chain(name, *args)
 
-def open_ledger(url: str, run_id: str, section: StreamSection) -> Ledger:
-    """The ledger of a run at `url`, with the section's deadlines.
+    def _next_in_chain(self, name: str, *args: Argument) -> Any:
+        call = uuid4().hex
+        reply = self._script(name, *args, self._last_call, call)
+        if name != "take" or reply[0] == b"ready":  # a batch that is not ready changes nothing
+            self._last_call = call
+        return reply
+
+
+def open_ledger(url: str, run_id: str, section: StreamSection, *, lease_losses: int | None = None) -> Ledger:
+    """The ledger of a run at `url`, with the section's deadlines; `lease_losses` is the driver's to give.
 
     Raises:
         StreamUnavailable: no usable Redis answers there.
     """
     client = connect(url, section.connect_timeout_s, socket_timeout_s=section.socket_timeout_s)
-    return Ledger(client, run_id, patience_s=section.patience_s)
-
-
-def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), CHUNK):
-        yield values[start : start + CHUNK]
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return Ledger(client, run_id, patience_s=section.patience_s, lease_losses=lease_losses)

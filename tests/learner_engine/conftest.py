@@ -297,6 +297,23 @@ def two_ranks(rank_runs: tuple[Any, Any]) -> Any:
     return rank_runs[1]
 
 
+@pytest.fixture(scope="session")
+def changed_ranks(two_ranks: Any, model_dirs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What became of the two ranks' checkpoint on one rank, and of that one's on two again; by name of the job."""
+    saved = str(Path(two_ranks["tied"]["weights"]).parent / "saved")
+    resumed = {**job_of(model_dirs["tied"], 5, **MINIBATCHES), "first": 2, "resume": saved}
+    root = tmp_path_factory.mktemp("changed")
+    one = {
+        "at_once": {**resumed, "last": 2},
+        "partitioned": {**resumed, "last": 2, "gather_above": 0},
+        "one": {**resumed, "save_at": 4},
+    }
+    two = {"at_once": {**resumed, "last": 2}, "two": {**resumed, "first": 4, "resume": str(root / "one" / "saved")}}
+    found = {f"{name} on one": result for name, result in run_ranks(one, 1, root).items()}
+    again = tmp_path_factory.mktemp("again")
+    return found | {f"{name} on two": result for name, result in run_ranks(two, 2, again).items()}
+
+
 def two_rank_jobs(model_dirs: dict[str, str], root: Path) -> dict[str, dict[str, Any]]:
     """One pair of processes runs all of these: starting them is what takes time."""
     tied = {**job_of(model_dirs["tied"], 5, **MINIBATCHES), "save_at": 2}
@@ -317,6 +334,10 @@ def two_rank_jobs(model_dirs: dict[str, str], root: Path) -> dict[str, dict[str,
             **job_of(model_dirs["tied"], 3, **valued), "first": 1, "resume": str(root / "valued" / "saved"),
         },
         "poisoned": {**job_of(model_dirs["tied"], 1), "scenario": "poisoned"},
+        "skipped": {
+            **job_of(model_dirs["tied"], 5, **MINIBATCHES, bad_batch={"action": "skip", "flat_limit": 0.9}),
+            "scenario": "skipped",
+        },
         "sft": {
             **job_of(model_dirs["untied"], 0), "scenario": "sft", "sft": SFT, "train": PAIRS, "validation": PAIRS[:6],
         },

@@ -13,16 +13,17 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import learner.zero
-from learner.engine import NonFinite
+from learner.bad_batch import NonFinite
 from learner.publish import BUCKET_BYTES, export, publish
 from learner.reward_examples import Example
 from learner.reward_training import Data
 from learner.scoring_model import ScoringInput
 from learner.worker import LearnerWorker
 from services.models import load_tokenizer
-from services.records import Group, PolicyVersion
+from services.records import Group, PolicyVersion, Score
 
 Job = dict[str, Any]
+LIKE_ALL = Score(status="ok", value=0.5)
 GATHER_ABOVE = learner.zero.GATHER_ABOVE
 
 
@@ -65,23 +66,46 @@ def train(job: Job, rank: int) -> dict[str, Any]:
     return {"info": info, "steps": steps, "weights": weights}
 
 
+def poison(groups: list[Group]) -> list[Group]:
+    """e^1000 overflows: the ratio of one sample is infinite."""
+    sample = groups[0].samples[0]
+    broken = sample.model_copy(update={"logprobs": (-1000.0,) * len(sample.logprobs)})
+    return [groups[0].model_copy(update={"samples": (broken, *groups[0].samples[1:])}), *groups[1:]]
+
+
 def poisoned(job: Job, rank: int) -> dict[str, Any]:
     """A step whose gradient is not finite, and the weights around it."""
     worker = worker_of(job, rank)
     out = Path(job["directory"])
     worker.setup(job["address"], job["port"], None, None)
     before = weights_of(worker, out / "before.pt")
-    groups = groups_of(job, 0)
-    sample = groups[0].samples[0]
-    # e^1000 overflows: the ratio is infinite.
-    broken = sample.model_copy(update={"logprobs": (-1000.0,) * len(sample.logprobs)})
-    groups[0] = groups[0].model_copy(update={"samples": (broken, *groups[0].samples[1:])})
     try:
-        worker.train_on(7, groups)
+        worker.train_on(7, poison(groups_of(job, 0)))
         message = ""
     except NonFinite as error:
         message = str(error)
     return {"message": message, "before": before, "after": weights_of(worker, out / "after.pt")}
+
+
+def skipped(job: Job, rank: int) -> dict[str, Any]:
+    """A poisoned batch and one whose rewards do not vary, left out, and then the steps of the job."""
+    worker = worker_of(job, rank)
+    worker.setup(job["address"], job["port"], None, None)
+    state = worker.trainer
+    groups = groups_of(job, 0)
+    flat = [
+        group.model_copy(update={"samples": tuple(s.model_copy(update={"reward": LIKE_ALL}) for s in group.samples)})
+        for group in groups
+    ]
+    bad = [worker.train_on(step, batch) for step, batch in ((7, poison(groups)), (8, flat))]
+    unmoved = worker.trainer == state and worker.engine.updates_done == 0
+    steps = [worker.train_on(step, groups_of(job, step)) for step in range(job["last"])]
+    return {
+        "bad": bad,
+        "unmoved": unmoved,
+        "steps": steps,
+        "weights": weights_of(worker, Path(job["directory"]) / "weights.pt"),
+    }
 
 
 def sft(job: Job, rank: int) -> dict[str, Any]:
@@ -131,6 +155,7 @@ PARTS = ("train", "pretrain", "held_out", "probes")
 SCENARIOS: dict[str, Callable[[Job, int], dict[str, Any]]] = {
     "train": train,
     "poisoned": poisoned,
+    "skipped": skipped,
     "sft": sft,
     "reward_model": reward_model,
 }

@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 
 from learner.commit import (
+    NoSpace,
     begin_checkpoint,
+    check_space,
     commit_checkpoint,
-    drop_checkpoints_after,
+    is_full_disk,
     latest_committed,
+    needed_bytes,
     prune_checkpoints,
     read_commit,
+    set_aside_after,
 )
 from services.errors import UserError
 
@@ -101,18 +105,50 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_4", "step_30", "step_40.partial"}
 
 
-def test_a_run_that_goes_on_from_an_earlier_commit_leaves_no_later_one(tmp_path: Path) -> None:
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        commit(tmp_path, step)
+    prune_checkpoints(tmp_path, 1, best=4)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_4", "step_8"}
+    prune_checkpoints(tmp_path, 1, best=7)  # evaluated where no commit was written
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_8"}
+
+
+def test_a_run_that_goes_on_from_an_earlier_commit_sets_later_ones_aside(tmp_path: Path) -> None:
     """Else the commits that follow would be pruned for older ones of higher numbers, and resumed past."""
     for step in (10, 20, 30):
-        commit(tmp_path, step)
+        commit(tmp_path, step, f"of {step}")
     (tmp_path / "checkpoints" / "step_30" / "COMMITTED").unlink()
-    assert [path.name for path in drop_checkpoints_after(tmp_path, 10)] == ["step_30", "step_20"]
+    assert [path.name for path in set_aside_after(tmp_path, 10)] == ["step_20.aside", "step_30.aside"]
     commit(tmp_path, 11)
     prune_checkpoints(tmp_path, 1)
     found = latest_committed(tmp_path)
     assert found.commit is not None
     assert found.commit.step == 11
-    assert drop_checkpoints_after(tmp_path / "elsewhere", 0) == []
+    # Nothing that was there is lost, however often it comes to that.
+    assert (tmp_path / "checkpoints" / "step_30.aside" / "engine" / "part.pt").read_text() == "of 30"
+    commit(tmp_path, 30, "again")
+    assert [path.name for path in set_aside_after(tmp_path, 11)] == ["step_30.aside-2"]
+    assert set_aside_after(tmp_path / "elsewhere", 0) == []
+
+
+def test_a_full_disk_leaves_the_old_commit_and_says_how_much_is_missing(tmp_path: Path) -> None:
+    commit(tmp_path, 1, "x" * 5000)
+    partial = begin_checkpoint(tmp_path, 2)
+    (partial / "learner.json").write_text("{}")
+    (partial / "manifest.json").symlink_to("/dev/full")  # the kernel's own answer: no space left
+    with pytest.raises(OSError, match="No space left") as error:
+        commit_checkpoint(partial, {"steps": {}})
+    assert is_full_disk(error.value)
+    found = latest_committed(tmp_path)
+    assert found.commit is not None
+    assert (found.commit.step, found.problems) == (1, ())
+    # The next one takes what the newest did.
+    assert 5000 < needed_bytes(tmp_path, 100) < 10000
+    assert needed_bytes(tmp_path, 2**20) == 2**20
+    check_space(tmp_path, 5000)
+    with pytest.raises(NoSpace, match=r"takes 1048576.00 GiB, .* are left, .* are missing; the commits"):
+        check_space(tmp_path, 2**50)
 
 
 def test_only_a_partial_directory_is_committed(tmp_path: Path) -> None:

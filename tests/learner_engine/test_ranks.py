@@ -123,6 +123,21 @@ def test_a_gradient_that_is_not_finite_stops_and_names_the_step(two_ranks: Any) 
     assert_equal(torch.load(result["after"]), torch.load(result["before"]))
 
 
+def test_a_bad_batch_that_is_skipped_leaves_no_trace(two_ranks: Any) -> None:
+    """Neither in the weights nor in the optimiser: what follows is as if it had not been there, bit for bit."""
+    result = two_ranks["skipped"]
+    poisoned, flat = result["bad"]
+    assert poisoned["bad"].startswith("step 7, epoch 0, minibatch 0:")
+    assert flat["bad"].startswith("step 8: the rewards of 100% of the prompts do not vary")
+    assert flat["metrics"]["reward/flat_share"] == 1.0
+    for step in (poisoned, flat):
+        assert step["metrics"]["policy/skipped"] == 1.0
+        assert all(math.isfinite(value) for value in step["metrics"].values())
+    assert result["unmoved"]
+    assert result["steps"] == two_ranks["tied"]["steps"]
+    assert_equal(weights(result), weights(two_ranks["tied"]))
+
+
 def test_fine_tuning_equals_a_plain_loop(two_ranks: Any, model_dirs: dict[str, str], sft_case: Any) -> None:
     """Clipping, schedule, accumulation and the sum over ranks, against torch alone with transformers' own logits."""
     from learner.microbatch import plan_epoch

@@ -154,3 +154,28 @@ def test_a_directory_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     (directory / "appendonly.aof").write_bytes(b"this is no append-only file\r\n" * 10)
     with pytest.raises(UserError, match=r"does not start .*(?i:bad file format)"):
         EmbeddedRedis(directory).start()
+
+
+def test_a_transaction_that_was_torn_from_the_log_is_never_carried_out_in_part(tmp_path: Path) -> None:
+    """Redis 6.2 alone does so, at the start after the one that cut the log."""
+    directory = tmp_path / "redis"
+    with EmbeddedRedis(directory) as server:
+        client = connect(server.url)
+        client.set("before", 1)
+        with client.pipeline(transaction=True) as pipe:
+            pipe.set("first", 1).set("second", 2).set("third", 3)
+            pipe.execute()
+        os.kill(server.pid, signal.SIGKILL)
+        assert gone(server.pid)
+    log = directory / "appendonly.aof"
+    os.truncate(log, log.read_bytes().index(b"second") + 3)
+    for start in range(3):
+        with EmbeddedRedis(directory) as server:
+            client = connect(server.url)
+            assert client.mget("before", "first", "second", "third") == [b"1", None, None, None], start
+            with client.pipeline(transaction=True) as pipe:
+                pipe.set(f"later{start}", start)
+                pipe.execute()
+            assert client.dbsize() == 2 + start
+            os.kill(server.pid, signal.SIGKILL)
+            assert gone(server.pid)

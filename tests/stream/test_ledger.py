@@ -1,6 +1,8 @@
 """Each way of the ledger, and each attempt to get round its invariants."""
 
+import time
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import redis
@@ -125,13 +127,58 @@ def test_a_renewed_lease_does_not_expire(desk: Any) -> None:
     assert ledger.expire_leases() == [lost.group_id]
 
 
-def test_a_group_that_every_actor_loses_fails_in_the_end(desk: Any) -> None:
+@pytest.mark.parametrize("how", ["expires", "dies", "in turn"])
+def test_a_group_that_every_actor_loses_fails_in_the_end(client: redis.Redis, new_desk: Any, how: str) -> None:
+    desk = new_desk(Ledger(client, f"losses-{uuid4().hex[:8]}", lease_losses=2))
+    desk.fill(2)
+    codes: list[str] = []
+    for n in range(3):
+        desk.lease("loses", ttl_s=0)
+        if how == "expires" or (how == "in turn" and n % 2):
+            assert desk.ledger.expire_leases() == ["0:p0"]
+            codes.append("lease_expired")
+        else:
+            assert desk.ledger.release("loses") == ["0:p0"]
+            codes.append("owner_died")
+        row = next(desk.ledger.list("failed" if n == 2 else "pending"))  # why it went back is known before it fails
+        assert (row.group_id, row.attempt, row.losses, row.failure.code) == ("0:p0", n + 1, n + 1, codes[-1])
+    assert desk.ledger.counts()["failed"] == 1
+    assert desk.lease().group_id == "0:p1"  # which takes its place
+    desk.ledger.flush()
+
+
+def test_a_slow_owner_loses_nothing_however_long_it_takes(client: redis.Redis, new_desk: Any) -> None:
+    """With no loss allowed at all: what is renewed is waited for, and its batch with it."""
+    desk = new_desk(Ledger(client, f"slow-{uuid4().hex[:8]}", lease_losses=0))
+    desk.fill(3)
+    slow = desk.lease("slow", ttl_s=0.05)
+    desk.make_scored(2)
+    for _ in range(20):
+        time.sleep(0.02)
+        assert desk.ledger.renew("slow", slow.group_id, slow.attempt, 0.05)
+        assert desk.ledger.expire_leases() == []
+        assert desk.ledger.take(0, 2) is None
+    assert desk.ledger.put_generated(desk.group_of(slow))
+    desk.score()
+    assert desk.ledger.take(0, 2) == ["0:p0", "0:p1"]
+    desk.ledger.flush()
+
+
+def test_the_account_has_when_a_lease_was_given_and_how_long_it_holds(desk: Any) -> None:
     desk.fill(1)
-    for _ in range(3):
-        desk.lease(ttl_s=0)
-        assert desk.ledger.expire_leases(budget=2) == ["0:p0"]
-    (row,) = desk.ledger.list("failed")
-    assert (row.group_id, row.attempt, row.failure.code) == ("0:p0", 3, "lease_expired")
+    before = desk.ledger.now()
+    lease = desk.lease("a", ttl_s=5)
+    (row,) = desk.ledger.list("leased")
+    assert before - 0.01 <= row.leased_at <= desk.ledger.now()
+    assert row.expires_at == pytest.approx(row.leased_at + 5, abs=0.01)
+    assert desk.ledger.renew("a", lease.group_id, lease.attempt, 50)
+    (renewed,) = desk.ledger.list("leased")
+    assert renewed.leased_at == row.leased_at
+    assert renewed.expires_at > row.expires_at + 40
+    desk.ledger.extend_leases(30)
+    assert next(desk.ledger.list("leased")).expires_at == renewed.expires_at  # never sooner
+    desk.ledger.extend_leases(90)
+    assert next(desk.ledger.list("leased")).expires_at > renewed.expires_at + 30
 
 
 def test_an_answer_by_older_weights_than_the_lease_is_late(desk: Any) -> None:

@@ -339,6 +339,7 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
                 self.ledger.flush()
                 for group in self.groups.values():
                     group.__dict__.update(Known(group.order).__dict__)
+            self.ledger.claim()
             self.register_all()
             self.ledger.reconcile(self.manifest, self.failed_in_manifest)
             for group_id in self.among("consumed"):

@@ -1,5 +1,7 @@
 -- ARGV: step, then group ids. The manifest on the disk is the truth, so a group is committed from whatever state it is
 -- in; one that the ledger does not know is made, its order unknown until it is registered.
+local broken = broken_chain()
+if broken then return broken end
 local step, moved = ARGV[1], 0
 for i = 2, #ARGV do
   local g = redis.call('HMGET', group_key(ARGV[i]), 'state', 'step')
@@ -17,9 +19,9 @@ for i = 2, #ARGV do
   elseif state ~= 'committed' then
     drop_entry(id, state)
     move(id, state, 'committed')
-    redis.call('HDEL', group_key(id), 'failure', 'call', 'reply')
     redis.call('HSET', group_key(id), 'step', step)
     moved = moved + 1
   end
 end
+mark()
 return moved

@@ -5,6 +5,7 @@
 local P = KEYS[1]
 local STREAM_GENERATED, STREAM_SCORED = P .. 'stream:generated', P .. 'stream:scored'
 local SCORERS = 'scorers'
+local STATES = { 'pending', 'leased', 'generated', 'scored', 'consumed', 'committed', 'failed' }
 
 local function group_key(id) return P .. 'group:' .. id end
 local function state_key(state) return P .. 'state:' .. state end
@@ -18,6 +19,20 @@ local function now_ms()
 end
 
 local function refuse(message) return redis.error_reply('LEDGER ' .. message) end
+
+-- The driver's calls are a chain: each names the one before it, and Redis keeps the name of the last (`mark`). Where the
+-- two differ, this Redis has lost something that the driver wrote, or another driver has claimed the ledger; nothing may
+-- be built on that. ARGV ends with the two names: they are taken off it.
+local CALL = ''
+local function lost(what) return redis.error_reply('LOST ' .. what) end
+local function broken_chain()
+  CALL = table.remove(ARGV)
+  local before, mark = table.remove(ARGV), redis.call('GET', P .. 'mark') or ''
+  if mark == before or mark == CALL then return false end
+  return lost('the ledger of this run is not where its driver left it')
+end
+
+local function mark() redis.call('SET', P .. 'mark', CALL) end
 
 -- A call that is sent again because its reply was lost carries the same token: it gets the reply it had.
 local function earlier_reply(id, call)
@@ -41,6 +56,11 @@ local function drop_entry(id, state)
   redis.call('HDEL', group_key(id), 'entry')
 end
 
+local function has_entry(id, stream)
+  local entry = redis.call('HGET', group_key(id), 'entry')
+  return entry and #redis.call('XRANGE', stream, entry, entry) > 0
+end
+
 -- The only place where a group changes its state.
 local function move(id, from, to)
   local key = group_key(id)
@@ -49,7 +69,7 @@ local function move(id, from, to)
   redis.call('HSET', key, 'state', to)
   if from == 'leased' then
     redis.call('ZREM', P .. 'expiry', id)
-    redis.call('HDEL', key, 'owner', 'expires_ms')
+    redis.call('HDEL', key, 'owner', 'leased_ms', 'expires_ms')
   elseif from == 'pending' then
     redis.call('ZREM', P .. 'bare', id)
   elseif from == 'consumed' then
@@ -61,13 +81,25 @@ local function move(id, from, to)
     if redis.call('HEXISTS', key, 'prompt') == 0 then
       redis.call('ZADD', P .. 'bare', redis.call('HGET', key, 'order'), id)
     end
-  elseif to == 'committed' or to == 'failed' then
-    redis.call('HDEL', key, 'prompt')
+  elseif to == 'failed' then
+    redis.call('HDEL', key, 'prompt', 'call', 'reply')
+  elseif to == 'committed' then
+    -- All but its place, its step and its attempt: committed groups stay for the length of the run.
+    redis.call('HDEL', key, 'prompt', 'call', 'reply', 'failure', 'losses', 'failures_infra', 'failures_data',
+      'version_inc', 'version_step')
   end
   -- A bell, not work: whoever waits for a batch looks again. So this stream alone is trimmed.
   if to == 'scored' or to == 'failed' then
     redis.call('XADD', P .. 'stream:bell', 'MAXLEN', '~', '256', '*', 'to', to)
   end
+end
+
+-- A lease that its owner lost, by dying or by silence; `failure` says which. `allowed` is how many a group may have
+-- ('' any number): one more fails it.
+local function lose(id, allowed, failure)
+  local n = redis.call('HINCRBY', group_key(id), 'losses', 1)
+  move(id, 'leased', allowed ~= '' and n > tonumber(allowed) and 'failed' or 'pending')
+  redis.call('HSET', group_key(id), 'failure', failure)
 end
 
 local function create(id, epoch, order, state)

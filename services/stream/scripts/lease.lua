@@ -29,10 +29,12 @@ end
 if admitted >= tonumber(gate[4]) then return { 'wait', 'gate' } end
 if redis.call('HEXISTS', key, 'prompt') == 0 then return { 'wait', 'no_payload' } end
 
-local expires = text(now_ms() + ttl)
+local now = now_ms()
+local expires = text(now + ttl)
 move(id, 'pending', 'leased')
 redis.call('HINCRBY', key, 'attempt', 1)
-redis.call('HSET', key, 'owner', owner, 'expires_ms', expires, 'version_inc', gate[1], 'version_step', gate[2], 'call', call)
+redis.call('HSET', key, 'owner', owner, 'leased_ms', text(now), 'expires_ms', expires,
+  'version_inc', gate[1], 'version_step', gate[2], 'call', call)
 redis.call('ZADD', P .. 'expiry', expires, id)
 redis.call('SET', call_key, id, 'PX', '60000')
 return answer(id)

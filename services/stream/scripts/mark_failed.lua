@@ -1,4 +1,6 @@
 -- ARGV: pairs (group id, failure as JSON), from a manifest: failed, from whatever state.
+local broken = broken_chain()
+if broken then return broken end
 for i = 1, #ARGV, 2 do
   local id = ARGV[i]
   local state = state_of(id)
@@ -10,4 +12,5 @@ for i = 1, #ARGV, 2 do
   end
   redis.call('HSET', group_key(id), 'failure', ARGV[i + 1])
 end
+mark()
 return 1

@@ -1,4 +1,6 @@
 -- ARGV: incarnation, step, weights, limit. The version and, within a version, the limit never go back.
+local broken = broken_chain()
+if broken then return broken end
 local gate = redis.call('HMGET', P .. 'gate', 'incarnation', 'step', 'limit')
 local inc, step, limit = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[4])
 if gate[1] then
@@ -12,4 +14,5 @@ if gate[1] then
   end
 end
 redis.call('HSET', P .. 'gate', 'incarnation', ARGV[1], 'step', ARGV[2], 'weights', ARGV[3], 'limit', ARGV[4])
+mark()
 return 1

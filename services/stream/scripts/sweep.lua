@@ -1,10 +1,7 @@
 -- After the manifest's groups have their state: everything that a crash left in between.
 -- Returns {returned to scored, returned to pending}.
-local function has_entry(id, stream)
-  local entry = redis.call('HGET', group_key(id), 'entry')
-  return entry and #redis.call('XRANGE', stream, entry, entry) > 0
-end
-
+local broken = broken_chain()
+if broken then return broken end
 local scored, pending = 0, 0
 for _, id in ipairs(redis.call('ZRANGE', state_key('consumed'), 0, -1)) do
   -- Lower in order than all that was scored after it: taken again in the same step and place.
@@ -33,4 +30,5 @@ end
 -- What scorers had been given and not finished is given out again at once, not after its idle time.
 if redis.call('EXISTS', STREAM_GENERATED) == 1 then redis.call('XGROUP', 'DESTROY', STREAM_GENERATED, SCORERS) end
 redis.call('XGROUP', 'CREATE', STREAM_GENERATED, SCORERS, '0', 'MKSTREAM')
+mark()
 return { scored, pending }

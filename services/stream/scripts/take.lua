@@ -1,8 +1,11 @@
 -- ARGV: step, size, '1' if fewer will do once nothing else is left, oldest policy step allowed ('' if any).
 -- Returns {'ready', ids...} in lease order or {'wait'}.
+local broken = broken_chain()
+if broken then return broken end
 local step, size, final, oldest = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1', tonumber(ARGV[4])
 
 local function ready(ids)
+  mark()
   table.insert(ids, 1, 'ready')
   return ids
 end

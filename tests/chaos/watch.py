@@ -1,0 +1,111 @@
+"""What can be seen of a run from outside: its processes, its steps and commits, and the moments worth a kill."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.run_dir import read_jsonl
+from services.weights import MANIFEST
+
+TITLES = {
+    "rollout": "ray::RolloutWorker",
+    "scoring_worker": "ray::ScoringActor",
+    "reward_server": "ray::RewardActor",
+    "model": "ray::ModelActor",
+    "learner": "ray::LearnerWorker",
+}
+SHARED = Path("/dev/shm")
+
+
+@dataclass
+class Watch:
+    """Looks at a run directory and at the processes below its driver. `seen` has every process that ever was there."""
+
+    run: Path
+    driver: psutil.Process | None = None
+    seen: dict[tuple[int, float], psutil.Process] = field(default_factory=dict)
+
+    def processes(self) -> dict[str, list[psutil.Process]]:
+        """Those that can be killed, by kind."""
+        found: dict[str, list[psutil.Process]] = {kind: [] for kind in (*TITLES, "redis", "driver")}
+        if self.driver is None or not self.driver.is_running():
+            return found
+        found["driver"].append(self.driver)
+        for process in [self.driver, *self.driver.children(recursive=True)]:
+            try:
+                self.seen[process.pid, process.create_time()] = process
+                line = " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if "redis-server" in line and "launch_redis" not in line:
+                found["redis"].append(process)
+            for kind, title in TITLES.items():
+                if line.startswith(title):
+                    found[kind].append(process)
+        return found
+
+    def alive(self) -> list[psutil.Process]:
+        """Of all that were ever seen, those that are there."""
+        return [process for process in self.seen.values() if is_alive(process)]
+
+    # The run
+
+    def steps(self) -> set[tuple[int, int]]:
+        """(incarnation, step) of every line of metrics.jsonl."""
+        return {(int(row["incarnation"]), int(row["step"])) for row in rows(self.run / "metrics.jsonl")}
+
+    def events(self) -> list[dict[str, Any]]:
+        return rows(self.run / "events.jsonl")
+
+    def committed(self) -> int:
+        return max((int(e["step"]) for e in self.events() if e["event"] == "committed"), default=0)
+
+    def run_id(self) -> str:
+        return next((str(e["run_id"]) for e in self.events() if e["event"] == "start"), "none")
+
+    # Moments
+
+    def between_step_and_commit(self) -> bool:
+        """A step is trained and recorded, and no commit holds it."""
+        steps = self.steps()
+        return bool(steps) and max(step for _, step in steps) + 1 > self.committed()
+
+    def in_mid_checkpoint(self) -> bool:
+        return any((self.run / "checkpoints").glob("step_*.partial/engine"))
+
+    def in_mid_transfer(self) -> bool:
+        """Weights are being written: their directory is there, and the manifest, written last, is not."""
+        return any(
+            not (version / MANIFEST).exists()
+            for directory in SHARED.glob(f"attune-{self.run_id()}-*")
+            for version in directory.glob("v*")
+        )
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(read_jsonl(path))
+    except (OSError, json.JSONDecodeError):  # being replaced
+        return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, pause_s: float = 0.002) -> bool:
+    """Whether it came true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(pause_s)
+    return False
