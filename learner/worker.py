@@ -21,7 +21,7 @@ from learner.engine import Engine, Reference
 from learner.faults import collective
 from learner.policy import PolicyWithValue, ValueKind, verify_head
 from learner.ppo import Rules, TrainerState, train_step
-from learner.publish import BUCKET_BYTES, Zero3Source, export, publish
+from learner.publish import Zero3Source, export, publish
 from learner.reward_checkpoint import TrainingFiles
 from learner.reward_model_config import RewardModelSection
 from learner.reward_training import Data, train_scores
@@ -43,20 +43,20 @@ from services.transfer.sender import Sender
 
 
 class LearnerWorker:
-    """`config` is the whole resolved recipe as a dict; `rank` of `world_size`."""
+    """`config` is the whole resolved recipe as a dict, every default in it; `rank` of `world_size`."""
 
     def __init__(self, config: dict[str, Any], rank: int, world_size: int, run_dir: str) -> None:
         self.section = LearnerSection.model_validate(config["learner"])
         self.policy_section = PolicySection.model_validate(config["policy"])
-        self.checkpoint = CheckpointSection.model_validate(config.get("checkpoint", {}))
+        self.checkpoint = CheckpointSection.model_validate(config["checkpoint"])
         self.rank = rank
         self.world_size = world_size
         self.run_dir = Path(run_dir)
-        self._capture = CaptureSection.model_validate(config.get("attention", {}))
-        self._run: Mapping[str, Any] = config.get("run", {})
-        self._rollout: Mapping[str, Any] = config.get("rollout", {})
-        self._cluster: Mapping[str, Any] = config.get("cluster", {})
-        self._stream = StreamSection.model_validate(config.get("stream", {}))
+        self._capture = CaptureSection.model_validate(config["attention"])
+        self._run: Mapping[str, Any] = config["run"]
+        self._rollout: Mapping[str, Any] = config["rollout"]
+        self._cluster: Mapping[str, Any] = config["cluster"]
+        self._stream = StreamSection.model_validate(config["stream"])
         self._engine: Engine | None = None
         self._reference: Reference | None = None
         self._recorder: Recorder | None = None
@@ -140,9 +140,9 @@ class LearnerWorker:
             name=f"learner-{self.rank}",
             host=self._host(),
             device=torch.device(self._device),
-            join_s=float(self._cluster.get("rendezvous_s", 300.0)),
-            phase_s=float(self._cluster.get("transfer_s", 60.0)),
-            whole_s=float(self._cluster.get("publish_s", 300.0)),
+            join_s=float(self._cluster["rendezvous_s"]),
+            phase_s=float(self._cluster["transfer_s"]),
+            whole_s=float(self._cluster["publish_s"]),
         )
         return self._sender.offer.model_dump_json()
 
@@ -254,19 +254,18 @@ class LearnerWorker:
 
     @property
     def _bucket_bytes(self) -> int:
-        mib = self._cluster.get("bucket_mib")
-        return BUCKET_BYTES if mib is None else int(mib * 2**20)
+        return int(self._cluster["bucket_mib"] * 2**20)
 
     @property
     def _seed(self) -> int:
-        return int(self._run.get("seed", 0))
+        return int(self._run["seed"])
 
     def _join(self, address: str, port: int) -> None:
         torch.set_num_threads(self.section.threads)
         torch.manual_seed(self._seed)
         self._device = device_of(self.section)
         # A collective may wait for a rank that loads a model, writes a checkpoint or waits for receivers of weights.
-        waits = [float(self._cluster.get(key, 300.0)) for key in ("start_s", "publish_s", "rendezvous_s")]
+        waits = [float(self._cluster[key]) for key in ("start_s", "publish_s", "rendezvous_s")]
         timeout = max(*waits, self.checkpoint.timeout_s)
         join_ranks(
             rank=self.rank,
@@ -304,9 +303,9 @@ class LearnerWorker:
     def _rules(self) -> Rules:
         return Rules(
             seed=self._seed,
-            temperature=float(self._rollout.get("temperature", 1.0)),
-            replay=self._rollout.get("truncation", "none") == "replay",
-            finish_length=self._rollout.get("finish_length", "bootstrap"),
+            temperature=float(self._rollout["temperature"]),
+            replay=self._rollout["truncation"] == "replay",
+            finish_length=self._rollout["finish_length"],
             pad_id=self._pad_id,
             decoder_start_id=self._decoder_start_id,
         )

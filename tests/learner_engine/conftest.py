@@ -23,6 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from cluster.config import Config
 from learner.policy import PolicyWithValue
 from services.records import Group, PolicyVersion, Prompt, Sample, Score
 from services.scoring_format import ScorerFormat, write_format
@@ -159,17 +160,22 @@ STATEFUL = {
 }
 
 
+def resolved(**sections: dict[str, Any]) -> dict[str, Any]:
+    """A whole recipe, as the driver hands it to the ranks."""
+    return Config.model_validate({"data": {}, **sections}).model_dump(mode="json")
+
+
 def job_of(model: str, steps: int, **learner: Any) -> dict[str, Any]:
     """A job of `rank_program` that trains `steps` steps; `learner` overrides its section."""
     return {
         "scenario": "train",
         "total_steps": steps,
-        "config": {
-            "run": {"seed": 3},
-            "policy": {"model": model},
-            "rollout": {"temperature": 0.7},
-            "learner": {"lr": 1e-3, "value_lr": 1e-2, "device": "cpu", "microbatch_tokens": 64, **learner},
-        },
+        "config": resolved(
+            run={"seed": 3},
+            policy={"model": model},
+            rollout={"temperature": 0.7},
+            learner={"lr": 1e-3, "value_lr": 1e-2, "device": "cpu", "microbatch_tokens": 64, **learner},
+        ),
         "batches": [[group.model_dump(mode="json") for group in batch(model, step)] for step in range(steps)],
         "last": steps,
     }

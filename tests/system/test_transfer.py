@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from cluster.config import Config
 from learner.worker import LearnerWorker
 from rollout.config import RolloutSection, VllmSection
 from rollout.engine import Completion, GenerationRequest, KeySets, Sampling
@@ -152,12 +153,14 @@ def parties(ray_session: str, policies: tuple[Path, Path], tmp_path_factory: pyt
     """Two ranks with the new policy; a vLLM and a transformers engine with the old one."""
     del ray_session
     old, new = policies
-    config = {
+    sections = {
+        "data": {},
         "run": {"seed": 3},
         "policy": {"model": str(new)},
         "learner": {"device": "cpu", "ranks": 2},
         "cluster": {"bucket_mib": BUCKET_MIB, "transfer_s": PHASE_S, "rendezvous_s": 60.0},
     }
+    config = Config.model_validate(sections).model_dump(mode="json")
     ranks = [Actor(Rank, config, rank, 2, str(tmp_path_factory.mktemp("learner"))) for rank in range(2)]
     vllm = Actor(EngineHost)
     starting = vllm.begin("start", PolicySection(model=str(old)), "vllm")
