@@ -28,9 +28,9 @@ class StreamSection(Section):
     )
     appendfsync: Literal["everysec", "always"] = Field(
         default="everysec",
-        description="When the embedded server flushes its log to the disk. everysec may lose a second when the machine "
-        "(not the process) dies; what is lost is rebuilt from the last commit, so the slower `always` is seldom worth "
-        "its price.",
+        description="When the embedded server flushes its log to the disk. everysec may lose a second or two when the "
+        "machine dies, or the process while the disk is busy; what is lost is made anew from the last commit and what "
+        "the driver knows, so the slower `always` is seldom worth its price.",
     )
     restarts: int = Field(
         default=10,

@@ -27,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
+from redis.exceptions import RedisError
+
 from services.errors import Deadline, UserError
 from services.stream import launch_redis
 from services.stream.connect import connect
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 _PORT_TRIES = 5
 _STOP_S = 10.0
 _LOCK_WAIT_S = 3.0
+_TORN = b"aof-load-truncated"
+"""In the server's messages: it found the end of its log torn off, and cut it back."""
 """A server whose driver was killed a moment ago may still be ending."""
 
 
@@ -129,7 +133,13 @@ class EmbeddedRedis:
                 self._port = _free_port()
             # Named by process: two drivers may come to one directory at once, before the lock decides between them.
             config = self.directory / f"redis-{os.getpid()}.conf"
+            if self._half_mended():
+                raise UserError(
+                    f"the end of {self.directory / 'appendonly.aof'} was torn off, and the server that cut it back "
+                    "ended before it had written it anew: it may hold a part of a transaction"
+                )
             said = self._log_size()
+            _write_private(self._loading, str(said))
             _write_private(config, self._config())
             try:
                 self._launch(config)
@@ -137,8 +147,14 @@ class EmbeddedRedis:
             finally:
                 config.unlink(missing_ok=True)
             if ready:
-                if b"aof-load-truncated" in self._log_since(said):
-                    self._rewrite_log()
+                if _TORN in self._log_since(said):
+                    try:
+                        self._rewrite_log()
+                    except RedisError:
+                        if self.alive():
+                            raise
+                        continue
+                self._loading.unlink()
                 _write_private(self.directory / "address.json", json.dumps({"url": self.url, "pid": self.pid}))
                 return
             if fresh:
@@ -170,11 +186,21 @@ class EmbeddedRedis:
         None where the server said nothing of the kind: then its data is not what kept it from starting.
         """
         file = self.directory / "appendonly.aof"
-        if not file.exists() or not re.search(r"(?i)bad file format|wrong signature", self._log_end()):
+        refused = self._half_mended() or re.search(r"(?i)bad file format|wrong signature", self._log_end())
+        if not file.exists() or not refused:
             return None
         aside = file.with_name(f"{file.name}.damaged-{time.time_ns()}")
         file.rename(aside)
+        self._loading.unlink(missing_ok=True)
         return aside
+
+    @property
+    def _loading(self) -> Path:
+        """There while a log is loaded and mended; how much of the server's messages is of earlier starts."""
+        return self.directory / "loading"
+
+    def _half_mended(self) -> bool:
+        return self._loading.exists() and _TORN in self._log_since(int(self._loading.read_text("ascii")))
 
     def _launch(self, config: Path) -> None:
         started = threading.Event()

@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 
 def become_the_server(parent: int, lock_file: str, wait_s: float, server: str, config: str) -> NoReturn:
     libc = ctypes.CDLL(None, use_errno=True)
-    # SIGKILL: nothing that the server is doing can put it off. Replies are sent after the log is written to the kernel.
+    # SIGKILL: nothing that the server is doing can put it off. A reply whose write the log lacks, the driver sees.
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it died before the line above

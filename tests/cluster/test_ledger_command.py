@@ -101,7 +101,7 @@ EXPECTED = {
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path / "run" / "redis") as embedded:
+    with EmbeddedRedis(tmp_path / "run" / "redis", "always") as embedded:
         yield embedded
 
 

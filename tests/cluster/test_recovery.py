@@ -139,7 +139,7 @@ class Actors:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[KeptRedis]:
-    with KeptRedis(EmbeddedRedis(tmp_path / "redis"), restarts=50, told=lambda *_, **__: None) as server:
+    with KeptRedis(EmbeddedRedis(tmp_path / "redis", "always"), restarts=50, told=lambda *_, **__: None) as server:
         yield server
 
 
@@ -189,8 +189,8 @@ def test_every_group_is_trained_once_and_in_order_whatever_redis_does(
     }  # fmt: skip
     assert {row.step for row in run.ledger.list("committed")} == set(range(8))
     said = run.events()
-    assert said.count("ledger_rebuilt") >= (0 if disaster is kill else 4)
-    assert said.count("ledger_kept") >= (4 if disaster is kill else 0)
+    assert said.count("ledger_rebuilt") + said.count("ledger_kept") >= 4
+    assert (said.count("ledger_rebuilt") >= 4) >= (disaster in (forget, lose_the_log))
 
 
 def epoch_order_of(run: Run, epoch: int) -> Any:

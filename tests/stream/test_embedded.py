@@ -49,7 +49,7 @@ def start_parent(directory: Path) -> tuple[subprocess.Popen[str], int, str]:
 
 
 def test_what_was_answered_survives_a_kill_of_the_server(tmp_path: Path) -> None:
-    with EmbeddedRedis(tmp_path / "redis") as server:
+    with EmbeddedRedis(tmp_path / "redis", "always") as server:
         client = connect(server.url)
         for n in range(200):
             client.set(f"key{n}", n)
@@ -159,7 +159,7 @@ def test_a_directory_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
 def test_a_transaction_that_was_torn_from_the_log_is_never_carried_out_in_part(tmp_path: Path) -> None:
     """Redis 6.2 alone does so, at the start after the one that cut the log."""
     directory = tmp_path / "redis"
-    with EmbeddedRedis(directory) as server:
+    with EmbeddedRedis(directory, "always") as server:
         client = connect(server.url)
         client.set("before", 1)
         with client.pipeline(transaction=True) as pipe:

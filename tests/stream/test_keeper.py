@@ -36,7 +36,7 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 def test_a_killed_server_is_back_with_its_data_while_its_clients_wait(tmp_path: Path, new_desk: Any) -> None:
     events = Events()
-    with KeptRedis(EmbeddedRedis(tmp_path / "redis"), restarts=3, told=events) as kept:
+    with KeptRedis(EmbeddedRedis(tmp_path / "redis", "always"), restarts=3, told=events) as kept:
         desk = new_desk(Ledger(connect(kept.server.url), "run", patience_s=10))
         ids = desk.fill(6)
         for n in range(3):
@@ -53,7 +53,8 @@ def test_a_killed_server_is_back_with_its_data_while_its_clients_wait(tmp_path: 
 
 def test_a_deaf_server_is_killed_and_started_again(tmp_path: Path) -> None:
     events = Events()
-    with KeptRedis(EmbeddedRedis(tmp_path / "redis"), restarts=3, told=events, deaf_s=1.5) as kept:
+    server = EmbeddedRedis(tmp_path / "redis", "always")
+    with KeptRedis(server, restarts=3, told=events, deaf_s=1.5) as kept:
         client = connect(kept.server.url)
         client.set("key", "value")
         before = kept.server.pid
@@ -94,6 +95,25 @@ def test_a_log_that_cannot_be_loaded_is_set_aside_and_said(tmp_path: Path) -> No
     assert kind == "redis_log_damaged"
     assert "ad file format" in fields["error"]
     assert len(Path(fields["kept_as"]).read_bytes()) == len(whole)
+
+
+def test_a_torn_log_is_not_used_where_a_server_died_while_it_mended_it(tmp_path: Path) -> None:
+    events, directory = Events(), tmp_path / "redis"
+    with EmbeddedRedis(directory, "always") as first:
+        connect(first.url).set("key", "value")
+    os.truncate(directory / "appendonly.aof", (directory / "appendonly.aof").stat().st_size - 3)
+    with EmbeddedRedis(directory):  # says that it was torn, and mends it
+        pass
+    (directory / "loading").write_text("0")  # as if it had been killed before that was done
+    with KeptRedis(EmbeddedRedis(directory), restarts=1, told=events) as kept:
+        assert connect(kept.server.url).dbsize() == 0
+    ((kind, fields),) = events.rows
+    assert kind == "redis_log_damaged"
+    assert "part of a transaction" in fields["error"]
+    assert Path(fields["kept_as"]).exists()
+    with KeptRedis(EmbeddedRedis(directory), restarts=1, told=events):
+        pass
+    assert len(events.rows) == 1
 
 
 def test_what_is_no_damage_is_not_set_aside(tmp_path: Path) -> None:

@@ -2,9 +2,18 @@
 
 The model is what the design says, in dictionaries: one state a group, lease order, attempts, the admission limit. After
 every event the two agree on every group, and the streams hold exactly what the states say.
+
+Who crashes: the driver, between two events and between any two commands of its commits, its start and its rebuilding of
+the ledger; Redis, by SIGKILL, restarted from its log, or from a log that lacks its end, or from none.
 """
 
+import os
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -22,9 +31,13 @@ from hypothesis.stateful import (
 )
 
 from services.records import Failure, Group, Lease, PolicyVersion
+from services.stream.connect import connect
+from services.stream.embedded import EmbeddedRedis
 from services.stream.ledger import Ledger, LoadWeights, Wait
 
 SIZE = 2
+KILLS = 3
+"""Restarts of Redis in one example: each takes a tenth of a second and more."""
 DATA_BUDGET, INFRA_BUDGET = 1, 2
 PROMPTS_AN_EPOCH, EPOCHS = 7, 3
 
@@ -45,14 +58,19 @@ class Known:
     failures: dict[str, int] = field(default_factory=lambda: {"infra": 0, "data": 0})
 
 
-def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
+class DriverDied(BaseException):
+    """The driver's process is gone, between two of its commands."""
+
+
+def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
     infra, data = desk_type.INFRA, desk_type.DATA
 
     class LedgerMachine(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            self.ledger = Ledger(client, f"model-{uuid4().hex[:12]}")
-            self.desk = desk_type(self.ledger)
+            self.run_id = f"model-{uuid4().hex[:12]}"
+            self.kills = 0
+            self.new_driver()
             self.groups: dict[str, Known] = {}
             self.version: PolicyVersion | None = None
             self.incarnation, self.step, self.limit, self.epochs = 0, 0, 0, 0
@@ -61,6 +79,13 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
             self.manifest: dict[int, list[str]] = {}  # on the disk
             self.failed_in_manifest: dict[str, Failure] = {}
             self.trained: dict[int, list[str]] = {}  # in the learner's memory
+            self.batch: tuple[int, list[Group]] | None = None  # the last one that the driver fetched
+            self.past: dict[str, set[tuple[str, int]]] = {}  # states and attempts that a group ever had
+
+        def new_driver(self) -> None:
+            self.ledger = Ledger(client, self.run_id)
+            self.ledger.on_lost = self.rebuild
+            self.desk = desk_type(self.ledger)
 
         def teardown(self) -> None:
             self.ledger.flush()
@@ -85,6 +110,11 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
                 group.step = None
             if state in ("committed", "failed"):
                 group.payload = False
+            self.note(group_id)
+
+        def note(self, group_id: str) -> None:
+            group = self.groups[group_id]
+            self.past.setdefault(group_id, set()).add((group.state, group.attempt))
 
         # events
 
@@ -143,6 +173,7 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
                 group = self.groups[pending[0]]
                 self.to(pending[0], "leased")
                 group.attempt += 1
+                self.note(pending[0])
                 group.owner, group.expired, group.version = owner, not lives, self.version
                 assert isinstance(answer, Lease)
                 assert (answer.group_id, answer.attempt, answer.order) == (pending[0], group.attempt, group.order)
@@ -302,7 +333,8 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
                     self.to(group_id, "consumed")
                     self.groups[group_id].step = self.step
                 assert self.ledger.take(self.step, SIZE) == batch
-                assert [group.group_id for group in self.ledger.fetch(batch)] == batch
+                self.batch = (self.step, self.ledger.fetch(batch))
+                assert [group.group_id for group in self.batch[1]] == batch
                 self.trained[self.step] = batch
                 self.step += 1
                 self.open_gate()
@@ -337,11 +369,22 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
             """Everything but the disk is gone; with `emptied`, Redis too. The run starts again from the manifest."""
             if emptied:
                 self.ledger.flush()
-                for group in self.groups.values():
-                    group.__dict__.update(Known(group.order).__dict__)
+                self.all_forgotten()
+            self.new_driver()
+            self.start_driver()
+            self.after_start()
+
+        def all_forgotten(self) -> None:
+            for group in self.groups.values():
+                group.__dict__.update(Known(group.order).__dict__)
+
+        def start_driver(self) -> None:
+            self.trained, self.batch = {}, None
             self.ledger.claim()
             self.register_all()
             self.ledger.reconcile(self.manifest, self.failed_in_manifest)
+
+        def after_start(self) -> None:
             for group_id in self.among("consumed"):
                 self.to(group_id, "scored")
             for group_id in self.among("leased"):
@@ -354,6 +397,151 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
                 self.to(group_id, "failed")
             self.incarnation += 1
             self.start_learner()
+
+        # a driver that dies between two of its commands
+
+        @contextmanager
+        def dies_after(self, commands: int, *, done: bool) -> Any:
+            """The driver dies at its command number `commands`: before Redis has it, or (`done`) before its reply."""
+            execute, number = self.ledger._calls._execute, count(1)
+
+            def until_then(*args: Any) -> Any:
+                if (dies := next(number) >= commands) and not done:
+                    raise DriverDied
+                reply = execute(*args)
+                if dies:
+                    raise DriverDied
+                return reply
+
+            self.ledger._calls._execute = until_then  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                yield
+            except DriverDied:
+                pass
+            finally:
+                del self.ledger._calls._execute  # the class's own again
+
+        @rule(commands=st.integers(1, 9), done=st.booleans(), again=st.integers(1, 9))
+        def driver_dies_while_it_starts(self, commands: int, done: bool, again: int) -> None:
+            for number in (commands, again):
+                self.new_driver()
+                with self.dies_after(number, done=done):
+                    self.start_driver()
+            self.crash(False)
+
+        @precondition(lambda self: self.trained)
+        @rule(commands=st.integers(1, 4), done=st.booleans())
+        def driver_dies_while_it_commits(self, commands: int, done: bool) -> None:
+            self.write_manifest()
+            with self.dies_after(commands, done=done):
+                self.ledger.commit(self.manifest)
+            self.crash(False)
+
+        @rule(commands=st.integers(1, 14), done=st.booleans(), lives=st.booleans())
+        def driver_dies_while_it_makes_the_ledger_anew(self, commands: int, done: bool, lives: bool) -> None:
+            """Or (`lives`) it is Redis that goes away in the middle, and the driver begins again."""
+            with self.dies_after(commands, done=done):
+                self.make_anew()
+            if lives:
+                self.rebuild()
+            else:
+                self.ledger.forget()  # what is left is a part of what was: not for a model to say
+                self.crash(True)
+
+        # a Redis that dies
+
+        def make_anew(self) -> None:
+            self.ledger.forget()
+            self.ledger.claim()
+            self.register_all()
+            self.ledger.rebuild(self.manifest, self.failed_in_manifest, self.since_the_commit(), self.in_hand())
+            assert self.version is not None
+            self.ledger.open_gate(self.version, f"w{self.step}", self.limit)
+
+        def since_the_commit(self) -> dict[int, list[str]]:
+            return {step: groups for step, groups in self.trained.items() if step not in self.manifest}
+
+        def in_hand(self) -> tuple[int, list[Group]] | None:
+            return None if self.batch is None or self.batch[0] in self.manifest else self.batch
+
+        def rebuild(self) -> None:
+            """What the driver does when Redis has lost something; the model knows it exactly."""
+            self.make_anew()
+            self.all_forgotten()
+            for step, groups in self.manifest.items():
+                for group_id in groups:
+                    self.to(group_id, "committed")
+                    self.groups[group_id].step = step
+            for group_id in self.failed_in_manifest:
+                self.to(group_id, "failed")
+            for step, groups in self.since_the_commit().items():
+                for group_id in groups:
+                    self.to(group_id, "consumed")
+                    self.groups[group_id].step = step
+            step, samples = self.in_hand() or (0, [])
+            for group in samples:
+                self.to(group.group_id, "consumed")
+                known = self.groups[group.group_id]
+                known.step, known.entry, known.attempt, known.version = step, True, group.attempt, group.version
+            for entry, group in self.read[-3:]:  # a scorer that lived through it holds what is no longer there
+                assert not self.ledger.put_scored(entry, self.desk.scored(group))
+            self.read = []
+
+        @precondition(lambda self: self.kills < KILLS)
+        @rule(noticed=st.sampled_from(["look", "take", "commit", "register"]))
+        def redis_comes_back_empty(self, noticed: str) -> None:
+            self.restart_redis(lambda log: log.unlink())
+            self.goes_on(noticed)
+
+        @precondition(lambda self: self.kills < KILLS)
+        @rule(lost=st.just(0) | st.integers(1, 6000), noticed=st.sampled_from(["look", "take", "commit", "register"]))
+        def redis_is_killed(self, lost: int, noticed: str) -> None:
+            """And may lose the end of its log, to the middle of a command: as in a power cut with appendfsync everysec.
+
+            Some of it without that, too: while the disk is busy, it answers before it writes.
+            """
+            self.restart_redis(lambda log: os.truncate(log, max(0, log.stat().st_size - lost)))
+            _, holds = self.ledger.look()
+            if holds:  # nothing of the driver's is lost: what others wrote last is undone, and done again by them
+                self.adopt()
+            else:
+                self.goes_on(noticed)
+
+        def restart_redis(self, to_its_log: Callable[[Any], None]) -> None:
+            self.kills += 1
+            os.kill(server.pid, signal.SIGSTOP)
+            to_its_log(server.directory / "appendonly.aof")
+            server.kill()
+            server.start()
+            client.connection_pool.disconnect()
+
+        def goes_on(self, noticed: str) -> None:
+            """Whatever the driver asks first, it is told, and the ledger is made anew before it is answered."""
+            if noticed == "take":
+                self.train(True, None)
+            elif noticed == "commit" and self.trained:
+                self.commit(3)
+            elif noticed == "register" or noticed == "commit":
+                self.register_all()
+            else:
+                _, holds = self.ledger.look()
+                assert not holds
+                self.rebuild()
+
+        def adopt(self) -> None:
+            prefix = self.ledger._prefix
+            self.register_all()  # looks at every group: none is torn
+            self.read = []
+            for state, ids in self.ledger.states().items():
+                for row in self.ledger.rows(state, ids):
+                    known = self.groups[row.group_id]
+                    assert (state, row.attempt) in self.past[row.group_id]
+                    names = ("prompt", "entry", "failures_infra", "failures_data")
+                    prompt, entry, *failures = client.hmget(f"{prefix}group:{row.group_id}", *names)
+                    known.state, known.attempt, known.owner, known.step = state, row.attempt, row.owner, row.step
+                    known.expired = row.expires_at is not None and row.expires_at <= self.ledger.now() + 60
+                    known.version, known.payload, known.entry = row.version, prompt is not None, entry is not None
+                    known.failures = dict(zip(("infra", "data"), (int(n or 0) for n in failures), strict=True))
 
         # what must hold after every event
 
@@ -370,12 +558,15 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
                     assert (row.order, row.attempt, row.owner) == (known.order, known.attempt, known.owner)
                     assert row.step == known.step
                     assert (row.failure is not None) >= (state == "failed")
+                    self.note(row.group_id)
 
         @invariant()
         def streams_hold_what_the_states_say(self) -> None:
             prefix = self.ledger._prefix
             assert client.xlen(f"{prefix}stream:generated") == len(self.among("generated"))
-            assert client.xlen(f"{prefix}stream:scored") == len(self.among("scored", "consumed"))
+            assert client.xlen(f"{prefix}stream:scored") == len(
+                [i for i in self.among("scored", "consumed") if self.groups[i].entry]  # trained, and lost since
+            )
             hashes = [key.decode() for key in client.scan_iter(match=prefix + "group:*", count=1000)]
             assert len(hashes) == len(self.groups)
             for key in hashes:
@@ -394,26 +585,30 @@ def machine(client: redis.Redis, desk_type: Any) -> type[RuleBasedStateMachine]:
     return LedgerMachine
 
 
-def check(client: redis.Redis, desk_type: Any, examples: int, steps: int) -> None:
-    run_state_machine_as_test(
-        machine(client, desk_type),
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            database=None,
-            print_blob=True,
-            phases=[Phase.generate],  # a failure is shown as it was found: shrinking takes minutes on a real server
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+def check(tmp_path: Path, desk_type: Any, examples: int, steps: int) -> None:
+    """On a server of its own: it is killed."""
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        client = connect(server.url)
+        run_state_machine_as_test(
+            machine(server, client, desk_type),
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=steps,
+                deadline=None,
+                database=None,
+                print_blob=True,
+                phases=[Phase.generate],  # a failure is shown as it was found: shrinking takes minutes here
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        client.close()
 
 
-def test_the_ledger_is_its_model(client: redis.Redis, new_desk: Any) -> None:
-    check(client, new_desk, 25, 40)
+def test_the_ledger_is_its_model(tmp_path: Path, new_desk: Any) -> None:
+    check(tmp_path, new_desk, 20, 40)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_ledger_is_its_model_for_long(client: redis.Redis, new_desk: Any) -> None:
-    check(client, new_desk, 200, 80)
+def test_the_ledger_is_its_model_for_long(tmp_path: Path, new_desk: Any) -> None:
+    check(tmp_path, new_desk, 200, 80)

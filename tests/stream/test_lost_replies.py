@@ -50,7 +50,7 @@ def test_nothing_happens_twice(desk: Any, lossy: Callable[[Ledger], None]) -> No
 
 
 def test_a_restart_of_redis_is_waited_out(tmp_path: Path, new_desk: Any) -> None:
-    with EmbeddedRedis(tmp_path / "redis") as server:
+    with EmbeddedRedis(tmp_path / "redis", "always") as server:
         desk = new_desk(Ledger(connect(server.url), "run", patience_s=20))
         ids = desk.fill(3)
         desk.make_scored(2)
