@@ -12,6 +12,8 @@ export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 ARGS ?=
+# Each has a Ray cluster of its own: more than two need more than 24 GiB.
+WORKERS ?= 2
 FAMILY ?= decoder
 RUN_DIR ?= runs/quickstart$(if $(filter-out decoder,$(FAMILY)),-$(FAMILY))
 
@@ -29,8 +31,8 @@ setup:  ## .venv with everything that requirements/cpu.lock names
 quickstart: setup  ## data -> small policy -> fine-tuning -> RL -> evaluation, on this machine
 	$(BIN)/attune quickstart --family $(FAMILY) --run-dir $(RUN_DIR) $(ARGS)
 
-test: setup  ## the test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## the test suite, a process a core
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 check: setup  ## style, types, and who may import whom
 	$(BIN)/ruff check .

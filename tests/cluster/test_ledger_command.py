@@ -159,11 +159,16 @@ def test_a_live_run_is_read_from_its_redis_and_not_touched(
     assert run.ids[9] not in capfd.readouterr().out  # names are for who asks
 
 
+def redis_servers() -> set[int]:
+    """Those that this process has started."""
+    return {child.pid for child in psutil.Process().children(recursive=True) if "redis-server" in child.name()}
+
+
 def test_a_dead_run_is_read_from_a_copy_of_its_log(run: Run, server: EmbeddedRedis) -> None:
     live = account_of(run.dir.path, names=True)
     os.kill(server.pid, signal.SIGKILL)
     server._server.wait()  # pyright: ignore[reportOptionalMemberAccess]
-    before = files_of(run.dir.path)
+    before, others = files_of(run.dir.path), redis_servers()
     dead = account_of(run.dir.path, names=True)
     assert str(run.dir.redis / "appendonly.aof") in dead.source
     assert dead.counts == EXPECTED
@@ -175,8 +180,7 @@ def test_a_dead_run_is_read_from_a_copy_of_its_log(run: Run, server: EmbeddedRed
     ]
     assert dead.notes == ()
     assert files_of(run.dir.path) == before
-    mine = psutil.Process().children(recursive=True)
-    assert not [child for child in mine if "redis-server" in child.name()]
+    assert redis_servers() == others
 
 
 def test_the_manifest_is_the_truth_where_the_driver_died_before_it_told_the_ledger(run: Run) -> None:

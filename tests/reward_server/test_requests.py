@@ -113,13 +113,15 @@ def test_a_client_that_goes_away_leaves_the_queue_and_the_source() -> None:
         server = RewardServer(RewardSection(concurrency=1), token="t", scorers={"attention": source})
         url = await server.start()
         async with httpx.AsyncClient(base_url=url, headers={"Authorization": "Bearer t"}, trust_env=False) as client:
-            calls = [asyncio.create_task(asking(client)) for _ in range(3)]
+            scored = asyncio.create_task(asking(client))
+            await until(client, "attune_reward_admitted_requests 1.0")
+            waiting = [asyncio.create_task(asking(client)) for _ in range(2)]
             await until(client, "attune_reward_waiting_requests 2.0")
-            for call in calls[1:]:
+            for call in waiting:
                 call.cancel()
             await until(client, "attune_reward_waiting_requests 0.0")
             assert (source.calls, source.ended) == (1, 0)
-            calls[0].cancel()
+            scored.cancel()
             await until(client, "attune_reward_admitted_requests 0.0")
             assert (source.calls, source.ended) == (1, 1)
             assert 'route="/v1/rewards",status="499"} 3.0' in (await client.get("/metrics")).text
