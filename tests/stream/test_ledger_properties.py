@@ -70,6 +70,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             super().__init__()
             self.run_id = f"model-{uuid4().hex[:12]}"
             self.kills = 0
+            self.log_began = (server.directory / "appendonly.aof").stat().st_size
             self.new_driver()
             self.groups: dict[str, Known] = {}
             self.version: PolicyVersion | None = None
@@ -494,13 +495,17 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             self.goes_on(noticed)
 
         @precondition(lambda self: self.kills < KILLS)
-        @rule(lost=st.just(0) | st.integers(1, 6000), noticed=st.sampled_from(["look", "take", "commit", "register"]))
-        def redis_is_killed(self, lost: int, noticed: str) -> None:
+        @rule(
+            lost=st.just(0) | st.integers(1, 60),
+            torn=st.booleans(),
+            noticed=st.sampled_from(["look", "take", "commit", "register"]),
+        )
+        def redis_is_killed(self, lost: int, torn: bool, noticed: str) -> None:
             """And may lose the end of its log, to the middle of a command: as in a power cut with appendfsync everysec.
 
             Some of it without that, too: while the disk is busy, it answers before it writes.
             """
-            self.restart_redis(lambda log: os.truncate(log, max(0, log.stat().st_size - lost)))
+            self.restart_redis(lambda log: os.truncate(log, self.end_without(log, lost, torn)))
             _, holds = self.ledger.look()
             if holds:  # nothing of the driver's is lost: what others wrote last is undone, and done again by them
                 self.adopt()
@@ -513,7 +518,24 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             to_its_log(server.directory / "appendonly.aof")
             server.kill()
             server.start()
+            self.log_began = (server.directory / "appendonly.aof").stat().st_size
             client.connection_pool.disconnect()
+
+        def end_without(self, log: Path, lost: int, torn: bool) -> int:
+            """Where a log ends that lacks its last `lost` commands, but for some bytes (`torn`) of the first of them.
+
+            By commands, not bytes: these depend on the clock, and an example has to come to the same each time. What
+            the server wrote anew when it started, in an order of its own, stays.
+            """
+            ends = [self.log_began]
+            with log.open("rb") as file:
+                file.seek(self.log_began)
+                while head := file.readline():
+                    for _ in range(int(head[1:])):
+                        file.seek(int(file.readline()[1:]) + 2, os.SEEK_CUR)
+                    ends.append(file.tell())
+            kept = max(0, len(ends) - 1 - lost)
+            return ends[kept] + (3 if torn and kept < len(ends) - 1 else 0)
 
         def goes_on(self, noticed: str) -> None:
             """Whatever the driver asks first, it is told, and the ledger is made anew before it is answered."""
@@ -587,7 +609,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
 
 def check(tmp_path: Path, desk_type: Any, examples: int, steps: int) -> None:
     """On a server of its own: it is killed."""
-    with EmbeddedRedis(tmp_path / "redis") as server:
+    with EmbeddedRedis(tmp_path / "redis", "always") as server:
         client = connect(server.url)
         run_state_machine_as_test(
             machine(server, client, desk_type),
