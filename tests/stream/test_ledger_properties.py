@@ -386,8 +386,8 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             self.ledger.reconcile(self.manifest, self.failed_in_manifest)
 
         def after_start(self) -> None:
-            for group_id in self.among("consumed"):
-                self.to(group_id, "scored")
+            for group_id in self.among("consumed"):  # trained, and its samples lost since: to be made again
+                self.to(group_id, "scored" if self.groups[group_id].entry else "pending")
             for group_id in self.among("leased"):
                 self.to(group_id, "pending")
             for step, groups in self.manifest.items():
