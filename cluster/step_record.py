@@ -57,3 +57,20 @@ def reward_revisions(groups: Sequence[Group]) -> list[str]:
         if sample.reward is not None
     }
     return sorted(str(revision) for revision in found if revision is not None)
+
+
+def silent_sources(groups: Sequence[Group]) -> dict[str, str]:
+    """Optional sources that scored none of the samples that have a reward, each with the first failure it gave."""
+    rewarded = [
+        sample
+        for group in groups
+        for sample in group.samples
+        if sample.reward is not None and sample.reward.status == "ok"
+    ]
+    found: dict[str, str] = {}
+    for name in sorted({name for sample in rewarded for name in sample.scores}):
+        scores = [sample.scores[name] for sample in rewarded if name in sample.scores]
+        if all(score.status == "failed" for score in scores):
+            error = scores[0].error
+            found[name] = "failed" if error is None else f"{error.code}: {error.message}"
+    return found

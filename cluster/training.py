@@ -13,7 +13,7 @@ between any two of these leaves either the old commit or the new one as the trut
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from cluster.plan import Part, fitting, nodes_of_ray
 from cluster.progress import RunProgress
 from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
-from cluster.step_record import Timing, ledger_metrics, reward_revisions
+from cluster.step_record import Timing, ledger_metrics, reward_revisions, silent_sources
 from cluster.summary import write_summary
 from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Supervisor
 from cluster.training_data import TrainingData
@@ -116,6 +116,7 @@ class Training:
         """The transfers of `cluster.weights: collective`; None where weights go by files."""
         self.last_commit_s = 0.0
         self._busy_before = 0.0
+        self._silent: set[str] = set()
 
     def run_to_the_end(self) -> Outcome:
         with RunProgress(self.console, self.batches.feed.total_steps, self.history.steps_done) as self.progress:
@@ -349,6 +350,7 @@ class Training:
         revisions = reward_revisions(fetched)
         if self.history.note_revisions(step, revisions):
             self.run.event("reward_revisions", step=step, revisions=revisions)
+        self._note_silent(step, silent_sources(fetched))
         if self.evaluator is not None and (step + 1) % self.config.evaluation.every == 0:
             metrics |= self._evaluate(step)
         self.run.write_metrics(step, {**metrics, "reward/revisions": revisions})
@@ -437,6 +439,13 @@ class Training:
             self._commit()
         self.progress.phase("writing the policy")
         self._export(self.run.policy)
+
+    def _note_silent(self, step: int, silent: Mapping[str, str]) -> None:
+        """Once a source: the reward goes on without it, and nobody would look for it in the samples."""
+        for name in silent.keys() - self._silent:
+            log.warning("step %d: source %s scored no sample, the reward is without it (%s)", step, name, silent[name])
+            self.run.event("source_silent", step=step, source=name, why=silent[name])
+        self._silent = set(silent)
 
     def _tick(self) -> None:
         self.stop.check()

@@ -36,6 +36,8 @@ def reward_metrics(batch: Batch) -> dict[str, float]:
         ]
         if values:
             metrics |= _mean_std(f"reward/{name}", values)
+        # An optional source that failed is left out of the combination: said here, for the reward itself is not failed.
+        metrics[f"reward/{name}/failed"] = float(len(batch.samples) - len(values))
     for part in ATTENTION_PARTS:
         values = [
             float(score.detail[part])

@@ -53,6 +53,11 @@ def test_failed_samples_are_left_out_and_counted() -> None:
     assert batch.groups.tolist() == [0, 1]
     assert batch.failed == 2
     assert reward_metrics(batch)["reward/failed"] == 2
+    half = {"judge": FAILED, "length": OK}
+    found = reward_metrics(
+        batch_of([group(sample(0, scores=half), sample(1, scores={**half, "judge": OK}))], replay=False)
+    )
+    assert (found["reward/judge/failed"], found["reward/length/failed"]) == (1, 0)
     with pytest.raises(ValueError, match="nothing to train on"):
         batch_of([group(sample(0, reward=FAILED))], replay=False)
 
