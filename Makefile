@@ -32,7 +32,7 @@ quickstart: setup  ## data -> small policy -> fine-tuning -> RL -> evaluation, o
 	$(BIN)/attune quickstart --family $(FAMILY) --run-dir $(RUN_DIR) $(ARGS)
 
 test: setup  ## the test suite, a process a core
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup  ## style, types, and who may import whom
 	$(BIN)/ruff check .

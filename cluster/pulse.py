@@ -33,6 +33,11 @@ class Pulse:
         if count != self.count or not has_work:
             self.count, self.moved = count, now
 
+    @property
+    def beats(self) -> bool:
+        """Whether it has ever answered: until then its process is coming up."""
+        return self.count >= 0
+
     def still_s(self, now: float) -> float:
         """Seconds since it last got on, or had nothing to do."""
         return now - self.moved

@@ -316,8 +316,9 @@ class Training:
         caught_up = self.rounds is not None and self._catch_up(self.rounds)
         self._tick()
         self.supervisor.check()
-        if not self.supervisor.rollouts:
-            self.progress.phase("waiting for a rollout actor: all are gone")
+        if not any(part.pulse.beats for part in self.supervisor.rollouts):
+            self.progress.phase("waiting for a rollout actor: all are gone, or come up")
+            return True  # how long that may take is the supervisor's to say, not the batch's
         return caught_up
 
     def _catch_up(self, rounds: WeightRounds) -> bool:

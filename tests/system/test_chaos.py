@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_what_is_killed_costs_no_prompt(tmp_path: Path) -> None:
     """Seed 25: Redis, a learner rank between step and commit, one in mid-transfer, the driver in mid-checkpoint."""
     command = [sys.executable, "-m", "tests.chaos", "--kills", "4", "--seed", "25", "--directory", str(tmp_path)]
