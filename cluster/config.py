@@ -68,7 +68,8 @@ class ClusterSection(Section):
     batch_s: float = Field(
         default=1800.0,
         gt=0,
-        description="Deadline (s) without any progress of a batch: no group generated, scored or failed.",
+        description="Deadline (s) without any progress of a batch: no group generated, scored or failed. It does not "
+        "run while no rollout actor is up.",
     )
     step_s: float = Field(default=3600.0, gt=0, description="Deadline (s) for the learner's part of a step.")
     publish_s: float = Field(

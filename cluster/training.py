@@ -442,7 +442,7 @@ class Training:
         self._export(self.run.policy)
 
     def _note_silent(self, step: int, silent: Mapping[str, str]) -> None:
-        """Once a source: the reward goes on without it, and nobody would look for it in the samples."""
+        """Once, until the source scores again: the reward goes on without it, and nobody looks for that in samples."""
         for name in silent.keys() - self._silent:
             log.warning("step %d: source %s scored no sample, the reward is without it (%s)", step, name, silent[name])
             self.run.event("source_silent", step=step, source=name, why=silent[name])

@@ -21,10 +21,7 @@ class NonFinite(BadBatch):
 def flat_share(batch: Batch) -> float:
     """The share of prompts whose samples all have the same reward: nothing is to be learnt from them. Prompts with one
     sample do not count; 0 where there are no others."""
-    rewards: dict[int, list[float]] = {}
-    for group, reward in zip(batch.groups.tolist(), batch.rewards, strict=True):
-        rewards.setdefault(group, []).append(reward)
-    several = [values for values in rewards.values() if len(values) > 1]
+    several = [values for values in batch.rewards_by_group() if len(values) > 1]
     return sum(max(values) == min(values) for values in several) / len(several) if several else 0.0
 
 

@@ -38,6 +38,13 @@ class Batch:
         """(prompt, response) tokens a sample."""
         return [(len(item.prompt_ids), len(item.response_ids)) for item in self.tokens]
 
+    def rewards_by_group(self) -> list[list[float]]:
+        """The rewards of each prompt's samples."""
+        found: dict[int, list[float]] = {}
+        for group, reward in zip(self.groups.tolist(), self.rewards, strict=True):
+            found.setdefault(group, []).append(reward)
+        return list(found.values())
+
 
 def batch_of(groups: Sequence[Group], *, replay: bool) -> Batch:
     """The batch of these groups. `replay`: the sets that truncated sampling kept are replayed.

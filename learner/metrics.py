@@ -20,7 +20,7 @@ ATTENTION_PARTS = ("coverage", "focus", "repeat")
 
 def reward_metrics(batch: Batch) -> dict[str, float]:
     """`reward/*`: the combination, its spread within prompts, each source, and the parts of the attention reward."""
-    within = [statistics.pstdev(values) for values in _by_group(batch.groups, batch.rewards) if len(values) > 1]
+    within = [statistics.pstdev(values) for values in batch.rewards_by_group() if len(values) > 1]
     metrics = {
         **_mean_std("reward", batch.rewards),
         "reward/within_prompt_std": _mean(within),
@@ -122,13 +122,6 @@ def sample_figures(
         }
         for row, sample in enumerate(batch.samples)
     }
-
-
-def _by_group(groups: Tensor, values: Sequence[float]) -> list[list[float]]:
-    found: dict[int, list[float]] = {}
-    for group, value in zip(groups.tolist(), values, strict=True):
-        found.setdefault(group, []).append(value)
-    return list(found.values())
 
 
 def _mean_std(name: str, values: Sequence[float]) -> dict[str, float]:

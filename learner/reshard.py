@@ -30,7 +30,8 @@ def resharded(directory: str | Path, engine: Any, optimizer: Any) -> Iterator[st
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     target = source.with_name(f"{source.name}.for_{ranks}_ranks")
     if rank == 0:
-        shutil.rmtree(target, ignore_errors=True)
+        for left_over in source.parent.glob("step_*.for_*_ranks"):  # of ranks that were killed while they read one
+            shutil.rmtree(left_over, ignore_errors=True)
         (target / TAG).mkdir(parents=True)
     torch.distributed.barrier()
     try:
