@@ -57,7 +57,8 @@ def prompts_of(run: Path) -> dict[str, int]:
 
 
 def left_behind(watch: Watch) -> dict[str, Any]:
-    """Processes that are there 60 s after the end, and shared memory of the run or of its processes."""
+    """Processes that are there 60 s after the end, and shared memory that has the run or a process of it in its name,
+    or that a process of it mapped."""
     end = time.monotonic() + GONE_S
     while time.monotonic() < end and watch.alive():
         time.sleep(0.5)
@@ -65,7 +66,9 @@ def left_behind(watch: Watch) -> dict[str, Any]:
     shared = [
         entry.name
         for entry in SHARED.iterdir()
-        if watch.run_id() in entry.name or pids & set(entry.name.replace("_", "-").split("-"))
+        if entry.name in watch.mapped
+        or watch.run_id() in entry.name
+        or pids & set(entry.name.replace("_", "-").split("-"))
     ]
     alive = watch.alive()
     return {"orphans": len(alive), "shared_memory": len(shared), "left": [str(p) for p in alive] + shared}

@@ -24,11 +24,13 @@ SHARED = Path("/dev/shm")
 
 @dataclass
 class Watch:
-    """Looks at a run directory and at the processes below its driver. `seen` has every process that ever was there."""
+    """Looks at a run directory and at the processes below its driver. `seen` has every process that ever was there,
+    `mapped` every file of shared memory that one of them was seen to map, by name."""
 
     run: Path
     driver: psutil.Process | None = None
     seen: dict[tuple[int, float], psutil.Process] = field(default_factory=dict)
+    mapped: set[str] = field(default_factory=set)
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """Those that can be killed, by kind."""
@@ -39,6 +41,7 @@ class Watch:
         for process in [self.driver, *self.driver.children(recursive=True)]:
             try:
                 self.seen[process.pid, process.create_time()] = process
+                self.mapped |= shared_by(process.pid)
                 line = " ".join(process.cmdline())
             except psutil.Error:
                 continue
@@ -92,6 +95,16 @@ def rows(path: Path) -> list[dict[str, Any]]:
         return list(read_jsonl(path))
     except (OSError, json.JSONDecodeError):  # being replaced
         return []
+
+
+def shared_by(pid: int) -> set[str]:
+    """Names of the files of shared memory that a process maps and that still have one."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # ended
+        return set()
+    paths = (line[line.index("/") :] for line in lines if f" {SHARED}/" in line)
+    return {Path(path).relative_to(SHARED).parts[0] for path in paths if not path.endswith(" (deleted)")}
 
 
 def is_alive(process: psutil.Process) -> bool:
