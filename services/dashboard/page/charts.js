@@ -133,6 +133,14 @@ export class Board {
   }
 }
 
+/** Of the y axis: a little air, and what never changes in the middle. */
+function span(_plot, low, high) {
+  if (low === null || low === undefined) return [0, 1];
+  if (low === high) return low === 0 ? [0, 1] : [low - Math.abs(low) / 2, low + Math.abs(low) / 2];
+  const air = 0.06 * (high - low);
+  return [low >= 0 && low - air < 0 ? 0 : low - air, high + air];
+}
+
 class Chart {
   constructor(board, description) {
     this.board = board;
@@ -223,7 +231,7 @@ class Chart {
       legend: { show: false },
       cursor: { sync: { key: "steps" }, y: false, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
       select: { show: true },
-      scales: { x: { time: false }, y: log ? (positive ? { distr: 3 } : { distr: 4, asinh: 0.01 }) : {} },
+      scales: { x: { time: false }, y: { range: log ? undefined : span, ...(log ? (positive ? { distr: 3 } : { distr: 4, asinh: 0.01 }) : {}) } },
       axes: [
         { ...axis, size: 26, gap: 4 },
         { ...axis, size: 52, gap: 4, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick))) },

@@ -27,22 +27,25 @@ export async function show(place, run, query) {
   const chart = (metric) => ({ title: metric, unit: "", meaning: null, series: summaries.filter(({ metrics }) => metrics.includes(metric)).map((one) => ({ run: one.name, metric, label: one.name })) });
   const grid = h("div", { class: "grid wide" }, FIRST.filter((metric) => common.includes(metric)).map((metric) => board.add(chart(metric))));
   const more = h("select", { "aria-label": "Add a metric", onchange: (event) => { if (event.target.value) grid.append(board.add(chart(event.target.value))); event.target.value = ""; } }, h("option", { value: "" }, "add a metric …"), common.filter((metric) => !FIRST.includes(metric)).map((metric) => h("option", {}, metric)));
-  const flat = summaries.map(({ recipe }) => flattened(recipe ?? {}));
-  const keys = [...new Set(flat.flatMap((one) => Object.keys(one)))].sort().filter((key) => new Set(flat.map((one) => one[key])).size > 1);
+  const keys = differences(summaries.map(({ recipe }) => recipe ?? {}));
   fill(body, h("div", { class: "headed" }, controls(board), more), grid,
     h("section", { class: "card" }, h("h2", {}, "Last values"), table("Last values", ["metric", ...chosen], [["steps", ...summaries.map(({ steps }) => number(steps))], ...common.filter((metric) => FIRST.includes(metric) || metric.startsWith("evaluation")).map((metric) => [metric, ...summaries.map(({ last }) => number(last?.[metric]))])], { numeric: chosen.map((_, i) => i + 1) })),
-    h("section", { class: "card" }, h("h2", {}, "Where the recipes differ"), keys.length ? table("Where the recipes differ", ["key", ...chosen], keys.map((key) => [key, ...flat.map((one) => one[key] ?? "–")])) : h("p", { class: "quiet" }, "Nowhere.")));
+    h("section", { class: "card" }, h("h2", {}, "Where the recipes differ"), keys.length ? table("Where the recipes differ", ["key", ...chosen], keys) : h("p", { class: "quiet" }, "Nowhere.")));
   return {
     told(kind, data) { if (kind === "steps") board.told(name, data); if (kind === "cut" || kind === "reset") board.reload(); },
     close() { board.close(); },
   };
 }
 
-function flattened(tree, path = "", into = {}) {
-  for (const [key, value] of Object.entries(tree)) {
-    const full = path ? `${path}.${key}` : key;
-    if (value && typeof value === "object" && !Array.isArray(value)) flattened(value, full, into);
-    else into[full] = JSON.stringify(value);
-  }
-  return into;
+/** Rows [key, value of each run] where they differ; what a run lacks altogether is one row. */
+function differences(trees, path = "") {
+  const keys = [...new Set(trees.flatMap((tree) => Object.keys(tree)))].sort();
+  return keys.flatMap((key) => {
+    const values = trees.map((tree) => tree[key]), full = path ? `${path}.${key}` : key;
+    if (values.every(isTree)) return differences(values, full);
+    const shown = values.map((value) => (value === undefined ? "–" : isTree(value) ? (value.kind ? `kind ${value.kind}` : "set") : JSON.stringify(value)));
+    return new Set(shown).size > 1 ? [[full, ...shown]] : [];
+  });
 }
+
+const isTree = (value) => Boolean(value) && typeof value === "object" && !Array.isArray(value);

@@ -61,7 +61,7 @@ class TokenView {
   notes() {
     const { has_map: kept, no_tokenizer: without, salient } = this.sample;
     return h("p", { class: "quiet notes" },
-      kept ? "The map was kept: the prompt is lit by the token under the pointer. " : "The run kept no map of this sample (rollout.keep_maps), so the prompt cannot be lit. ",
+      kept ? "The map was kept: the content of the prompt is lit by what the token under the pointer looked at, the template only faintly. " : "The run kept no map of this sample (rollout.keep_maps), so the prompt cannot be lit. ",
       salient.length ? [h("span", { class: "token salient" }, "Underlined"), " are the salient tokens. "] : "",
       without ? `Ids in place of pieces: ${without}.` : "");
   }
@@ -94,9 +94,10 @@ class TokenView {
     this.say(t, null);
     const row = await this.row(t);
     if (this.closed || this.now !== t || !row) return;
-    let most = 0;
-    for (const share of row) if (share > most) most = share;
-    this.prompt.forEach((token, j) => tint(token, most ? row[j] / most : 0));
+    // Over the content: the template's tokens take most of it, whatever the response says, and stay faint.
+    const inside = this.sample.content.length ? this.sample.content : [...row.keys()];
+    const most = Math.max(...inside.map((j) => row[j] ?? 0));
+    this.prompt.forEach((token, j) => tint(token, most ? Math.min(1, row[j] / most) * (token.classList.contains("outside") ? 0.3 : 1) : 0));
     const order = [...row.keys()].sort((a, b) => row[b] - row[a]).slice(0, 3);
     this.say(t, order.map((j) => `${spoken(promptPieces(this.sample)[j], this.sample.prompt_ids[j])} ${number(row[j])}`).join(", "));
   }
@@ -137,7 +138,7 @@ function facts(sample) {
     ["advantage", number(sample.advantage)], ["KL to the reference", number(sample.kl_reference)],
     ["value", sample.value === null ? null : number(sample.value)],
     ["tokens", `${sample.response_ids.length} after ${sample.prompt_ids.length}`], ["finish", sample.finish_reason],
-    ["policy", versions.map(([incarnation, at, tokens]) => `${incarnation}.${at}${versions.length > 1 ? ` (${tokens})` : ""}`).join(", ")],
+    ["policy version", versions.map(([incarnation, at, tokens]) => `${incarnation}.${at}${versions.length > 1 ? ` (${tokens})` : ""}`).join(", ")],
     ["staleness", versions.length ? Math.max(...versions.map(([, at]) => sample.step - at)) : null],
     ["flags", sample.flags?.length ? sample.flags.join(", ") : null], ["made", clock(sample.created_at)], ["id", sample.sample_id],
   ];

@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { append, fill, h, later } from "./dom.js";
-import { number, sourceName } from "./format.js";
+import { number } from "./format.js";
 
 const PAGE = 50;
 const FIELDS = ["text", "step_from", "step_to", "source", "low", "high", "finish", "flag", "failed", "code", "group", "has_map", "sort", "offset"];
@@ -31,7 +31,7 @@ export async function show(place, run, query) {
   const valued = choose("source", "any value", sources);
   const form = h("form", { class: "filters", role: "search", "aria-label": "Samples", onsubmit: (event) => event.preventDefault() },
     field("Search", words),
-    h("span", { class: "pair" }, h("span", {}, "Steps"), step("step_from", "From step"), step("step_to", "To step")),
+    h("span", { class: "pair" }, h("label", {}, h("span", {}, "Steps"), step("step_from", "From step")), step("step_to", "To step")),
     h("span", { class: "pair" }, h("label", {}, h("span", {}, "Value of"), valued), bound("low"), bound("high")),
     field("Finish", choose("finish", "any", choices.finish.map((one) => [one, one]))),
     field("Flag", choose("flag", "any", Object.entries(choices.flags).map(([one, many]) => [one, `${one} (${many})`]))),
@@ -59,22 +59,21 @@ export async function show(place, run, query) {
     const tags = ["group", "code"].filter((which) => wanted[which]).map((which) => h("button", { type: "button", class: "tag", onclick: () => set(which, "") }, `${which} ${wanted[which]} ×`));
     fill(count, `${number(found.total)} samples`, found.total ? `, ${number(found.offset + 1)} to ${number(found.offset + found.rows.length)}` : "", " ", tags);
     const names = summary.sources.map((source) => source.name);
-    const heads = ["step", "prompt and response", "reward", ...names, "advantage", "KL", "tokens", ""];
+    const heads = ["step", "prompt and response", "reward", ...names, "advantage", "KL", "tokens"];
     const rows = found.rows.map((row) => {
       const to = link("sample", { sample: row.sample_id, step: row.step });
       return h("tr", { onclick: (event) => { if (!event.target.closest("a")) location.hash = to; } },
         h("td", { class: "number", "data-head": "step" }, row.step),
-        h("td", { class: "texts" }, h("a", { href: to, class: "row-link" }, h("span", { class: "prompt" }, row.prompt || "(empty prompt)"), h("span", { class: "response" }, row.response || "(empty response)"))),
+        h("td", { class: "texts" }, h("a", { href: to, class: "row-link" }, h("span", { class: "prompt" }, row.prompt || "(empty prompt)"), h("span", { class: "response" }, row.response || "(empty response)"), signs(row))),
         h("td", { class: "number", "data-head": "reward" }, value(row.reward, row.code)),
         names.map((source) => h("td", { class: "number", "data-head": source }, row.scores[source] ? value(row.scores[source].value, row.scores[source].code) : "–")),
         h("td", { class: "number", "data-head": "advantage" }, number(row.advantage)),
         h("td", { class: "number", "data-head": "KL" }, number(row.kl)),
-        h("td", { class: "number", "data-head": "tokens" }, row.tokens),
-        h("td", { class: "tags" }, row.finish === "length" ? h("span", { class: "tag", title: "cut at the token limit" }, "cut") : null, row.has_map ? h("span", { class: "tag" }, "map") : null, row.flags.map((flag) => h("span", { class: "tag" }, flag)), row.stale ? h("span", { class: "tag", title: "steps between the policy that drew it and the one it trains" }, `stale ${row.stale}`) : null));
+        h("td", { class: "number", "data-head": "tokens" }, row.tokens));
     });
     const turn = (offset, title) => h("button", { type: "button", disabled: offset < 0 || offset >= found.total, onclick: () => { set("offset", offset); scrollTo(0, 0); } }, title);
     fill(results, found.rows.length ? h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Samples" }, h("table", { class: "samples" }, h("caption", { class: "unseen" }, "Samples"),
-      h("thead", {}, h("tr", {}, heads.map((head, i) => h("th", { scope: "col", class: i !== 1 && i < heads.length - 1 ? "number" : null }, head || h("span", { class: "unseen" }, "signs"))))),
+      h("thead", {}, h("tr", {}, heads.map((head, i) => h("th", { scope: "col", class: i === 1 ? null : "number" }, head)))),
       append(h("tbody", {}), rows))) : h("p", { class: "quiet" }, summary.progress?.done === false ? "Samples are still being indexed." : "No sample is like that."),
     found.total > PAGE ? h("p", { class: "turn" }, turn(found.offset - PAGE, "← before"), " ", turn(found.offset + PAGE, "after →")) : null);
   };
@@ -92,8 +91,11 @@ export async function show(place, run, query) {
   };
 }
 
+function signs(row) {
+  const found = [row.finish === "length" ? "cut" : null, row.has_map ? "map" : null, row.stale ? `stale ${row.stale}` : null, ...row.flags].filter(Boolean);
+  return found.length ? h("span", { class: "tags" }, found.map((sign) => h("span", { class: "tag" }, sign))) : null;
+}
+
 export function value(amount, code) {
   return code ? h("span", { class: "failed", title: `failed: ${code}` }, code.replaceAll("_", " ")) : number(amount);
 }
-
-export { sourceName };

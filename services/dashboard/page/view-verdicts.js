@@ -20,7 +20,7 @@ export async function show(place, run, query) {
       h("dl", { class: "tiles" }, tile("verdicts", number(found.count)), tile("failed", number(histogram.failed)),
         compares ? tile("response better than reference", percent(found.better)) : null,
         found.consistent === null ? null : tile("same in both orders", percent(found.consistent)),
-        found.mass === null ? null : tile("probability on allowed answers", percent(found.mass)),
+        found.mass === null ? null : tile("probability on allowed answers", number(found.mass)),
         found.spread === null ? null : tile("spread of a rating", number(found.spread)),
         found.principles === null ? null : tile("principles a verdict", number(found.principles))),
       h("section", { class: "card" }, h("h2", {}, "Values"), bars(histogram, source.name, (low, high) => link("samples", { source: source.name, low, high }))),
