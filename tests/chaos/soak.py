@@ -87,7 +87,7 @@ def judged(series: Series, seconds: float) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, points in sorted(series.items()):
         counted = [point for point in points if point[0] >= seconds / 4]
-        if len(counted) < 3 or counted[0][0] > seconds / 2 or counted[-1][0] < seconds * 0.95:
+        if len(counted) < 3 or counted[0][0] > seconds / 2 or counted[-1][0] < seconds - 3 * EVERY_S:
             continue
         median, grown = growth(counted)
         allowed = max(FLAT_FILES if "_mb" not in name else FLAT_MB, median * FLAT_PERCENT / 100)
@@ -153,7 +153,8 @@ def main() -> int:
         verdict = "" if one["flat"] else "GROWS"
         print(f"{name:48} {one['median']:>10} {one['growth']:>+9} {one['percent']:>+7} %  {verdict}")
     print(json.dumps(found))
-    return 0 if found["exit"] == 4 and not found["not_flat"] and found["incarnations"] == 1 else 1
+    whole = bool(found["series"]) and not found["not_flat"]
+    return 0 if whole and found["exit"] == 4 and found["incarnations"] == 1 else 1
 
 
 if __name__ == "__main__":
