@@ -1,4 +1,4 @@
-"""The documentation as a site: `make site` writes it to build/site and fails on every warning, broken links among them."""
+"""The documentation as a site: `make site` writes it to build/site; a warning, as of a broken link, is an error."""
 
 project = "Attune"
 author = "The Attune authors"

@@ -38,7 +38,7 @@ def name_of(reference: str) -> str:
 
 
 def link(name: str) -> str:
-    """A link to a record's section; its anchor is the name as headings are turned into anchors, on GitHub and the site."""
+    """A link to a record's section, by the anchor that GitHub and the site give to its heading."""
     return f"[{name}](#{re.sub('[^a-z0-9_-]', '', name.lower())})"
 
 
