@@ -26,6 +26,7 @@ from services.dashboard.sample_index import kinds_of
 from services.dashboard.tokens import map_rows, read_rows, token_view, tokenizer_of
 from services.dashboard.watch import MOST_WATCHERS, Watched
 from services.errors import UserError
+from services.vocabulary import STEP
 
 PAGE = Path(__file__).with_name("page")
 MOST_OPEN = 8
@@ -300,11 +301,25 @@ def summary_of(watched: Watched) -> dict[str, Any]:
         "progress": watched.progress,
         "problem": watched.problem,
         "metrics": names,
+        "vocabulary": vocabulary_of(names),
         "sources": [{"name": name, "kind": kinds.get(name, "")} for name in sorted({*sources, *kinds})],
         "recipe": config,
         "summary": read_json(run.path / "summary.json"),
         "last": (last_lines(run.metrics, 1) or [{}])[0],
         "tokenizer": tokenizer_of(run).why,
+    }
+
+
+def vocabulary_of(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What those metrics mean that the project's vocabulary knows."""
+    found = {name: STEP.find(name) for name in names}
+    return {
+        name: {
+            "unit": "" if entry.metric.unit == "1" else entry.metric.unit,
+            "meaning": entry.metric.meaning + (f" Look out: {entry.metric.bad}" if entry.metric.bad else ""),
+        }
+        for name, entry in found.items()
+        if entry is not None
     }
 
 
