@@ -315,6 +315,19 @@ def dashboard(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory, finished or not.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="File to write; by default RUN-report.html beside the run.")] = None,
+) -> None:
+    """One HTML file of a run, to send to somebody: curves, tables, pictures of samples. It needs no script."""
+    from services.dashboard.report import write_report
+
+    file = out or run.resolve().with_name(f"{run.resolve().name}-report.html")
+    size = write_report(run, file)
+    _console().print(f"The report is in {file} ({size / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def schema(out: Annotated[Path | None, typer.Option(help="File to write; by default standard output.")] = None) -> None:
     """The JSON schema of recipes, for editors."""
     from cluster.recipe import json_schema

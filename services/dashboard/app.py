@@ -20,7 +20,16 @@ from starlette.staticfiles import StaticFiles
 
 from services.dashboard import curves, queries
 from services.dashboard.access import Access
-from services.dashboard.layout import RunFiles, find_runs, last_lines, listing, read_config, read_json, state_of, status_of
+from services.dashboard.layout import (
+    RunFiles,
+    find_runs,
+    last_lines,
+    listing,
+    read_config,
+    read_json,
+    state_of,
+    status_of,
+)
 from services.dashboard.queries import Filter, Sort
 from services.dashboard.sample_index import kinds_of
 from services.dashboard.tokens import map_rows, read_rows, token_view, tokenizer_of
@@ -290,7 +299,9 @@ def summary_of(watched: Watched) -> dict[str, Any]:
         sources = [name for number, name in queries.source_names(database).items() if number]
     preview = watched.preview
     if preview:
-        names = sorted({*names, *(name for name in preview[-1] if isinstance(preview[-1][name], int | float))} - {"step"})
+        names = sorted(
+            {*names, *(name for name in preview[-1] if isinstance(preview[-1][name], int | float))} - {"step"}
+        )
     config = read_config(run)
     kinds = kinds_of(config)
     return {
@@ -355,8 +366,9 @@ def failures_of(watched: Watched, found: list[dict[str, Any]]) -> dict[str, Any]
     """With the message that one sample of each kind of failure carries."""
     for failure in found:
         rows = read_rows(watched.run, [failure.pop("at")])
-        row = rows[0] if rows else {}
-        score = row.get("reward") if failure["source"] == "" else (row.get("scores") or {}).get(failure["source"])
-        error = (score or {}).get("error") or {}
+        row: dict[str, Any] = rows[0] if rows else {}
+        scores: dict[str, Any] = {"": row.get("reward"), **(row.get("scores") or {})}
+        score: dict[str, Any] = scores.get(failure["source"]) or {}
+        error: dict[str, Any] = score.get("error") or {}
         failure["kind"], failure["message"] = error.get("kind"), error.get("message")
     return {"failures": found}

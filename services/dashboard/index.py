@@ -25,6 +25,7 @@ from services.errors import UserError
 
 VERSION = 1
 FILE = "index.sqlite"
+BEGIN = Place()
 PREVIEW_BYTES = 8 * 2**20
 PREVIEW_LINES = 600
 
@@ -69,8 +70,8 @@ class Change:
 class Reached:
     """Up to where the files were read; stands in the index, so that the next server goes on from it."""
 
-    metrics: Place = Place()
-    events: Place = Place()
+    metrics: Place = BEGIN
+    events: Place = BEGIN
     steps: int = 0
     """One more than the last step with a line."""
     sampled: int = 0
@@ -246,7 +247,11 @@ def preview_lines(path: Path) -> list[dict[str, Any]]:
                     file.readline(2**20)
                 line = file.readline(2**20)
                 row = parsed(line) if line.endswith(b"\n") else None
-                if row is not None and isinstance(row.get("step"), int) and (not rows or row["step"] > rows[-1]["step"]):
+                if (
+                    row is not None
+                    and isinstance(row.get("step"), int)
+                    and (not rows or row["step"] > rows[-1]["step"])
+                ):
                     rows.append(row)
     except OSError:
         return []

@@ -121,7 +121,7 @@ def described(database: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> list
     names = source_names(database)
     found: list[dict[str, Any]] = []
     for row in rows:
-        sample = dict(zip(COLUMNS.split(", "), row, strict=True))
+        sample: dict[str, Any] = dict(zip(COLUMNS.split(", "), row, strict=True))
         number = sample.pop("id")
         text = database.execute(
             "select substr(prompt, 1, :most), substr(response, 1, :most) from words where rowid = :number",

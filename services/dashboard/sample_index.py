@@ -83,7 +83,7 @@ class SampleWriter:
         return len(samples)
 
     def _score_rows(self, number: int, row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        rows = [(number, REWARD, *_score(row.get("reward")), None)]
+        rows: list[tuple[Any, ...]] = [(number, REWARD, *_score(row.get("reward")), None)]
         scores: Any = row.get("scores") or {}
         for name, score in scores.items():
             source = self._sources.get(name)
@@ -120,11 +120,15 @@ class SampleWriter:
 def kinds_of(config: Mapping[str, Any]) -> dict[str, str]:
     """The kind of each source of the recipe, by its name."""
     reward: Any = config.get("reward")
-    sources: Any = reward.get("sources") if isinstance(reward, dict) else None  # pyright: ignore[reportUnknownMemberType]
-    if not isinstance(sources, dict):
+    found = cast(dict[str, Any], reward).get("sources") if isinstance(reward, dict) else None
+    if not isinstance(found, dict):
         return {}
-    found = cast(dict[str, Any], sources)
-    return {name: str(source.get("kind", name)) for name, source in found.items() if isinstance(source, dict)}  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    sources = cast(dict[str, Any], found)
+    return {
+        name: str(cast(dict[str, Any], source).get("kind", name))
+        for name, source in sources.items()
+        if isinstance(source, dict)
+    }
 
 
 def _sample_row(number: int, step: int, place: int, length: int, row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -156,5 +160,5 @@ def _score(score: Any) -> tuple[float | None, str | None]:
         return None, "not_scored"
     if score.get("status") == "ok":
         return score.get("value"), None
-    error = score.get("error") or {}
+    error: dict[str, Any] = score.get("error") or {}
     return None, str(error.get("code", "failed"))

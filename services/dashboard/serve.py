@@ -46,7 +46,12 @@ def serve(
     sys.stdout.write(f"The run page of {root}: http://{shown}:{listener.getsockname()[1]}/#token={token}\n")
     sys.stdout.flush()
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False, lifespan="off"
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
+        lifespan="off",
     )
     try:
         uvicorn.Server(config).run(sockets=[listener])

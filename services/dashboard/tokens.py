@@ -58,7 +58,7 @@ def _loaded(file: Path, _changed: int) -> Tokenizer:
 
 
 def pieces_of(ids: Sequence[int], decode: Decode) -> list[str]:
-    """The text that each token adds. A token that ends in the middle of a sign adds nothing; the last of the sign does."""
+    """The text that each token adds; one that ends in the middle of a sign adds nothing, the last of the sign does."""
     pieces: list[str] = []
     before = told = 0
     for at in range(len(ids)):
@@ -100,14 +100,13 @@ def token_view(row: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
         "kl": _numbers(row.get("kl_tokens")),
         **attention_measures(attention),
     }
-    spread = [span for span in row.get("policy_versions") or ()]
     return {
         **{
             key: row.get(key)
             for key in ("step", "sample_id", "group_id", "prompt_id", "attempt", "finish_reason", "reward", "scores",
                         "flags", "advantage", "kl_reference", "value", "created_at")
         },
-        "policy_versions": spread,
+        "policy_versions": row.get("policy_versions") or [],
         "prompt": row.get("prompt"),
         "response": row.get("response"),
         "prompt_ids": prompt,

@@ -15,6 +15,7 @@ HOSTILE = "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'>
 QUESTIONS = ("What is the capital of France?", "Who wrote the old song of Oslo?", "Is Lima larger than Quito?")
 ANSWERS = ("Paris is the capital of France.", "Nobody knows who wrote it.", "Yes, Lima is larger than Quito by far.")
 SAMPLES = 4
+UNCLEAR = Failure(kind="data", code="judge_unclear", message="the judge gives too little")
 
 
 class Scene:
@@ -29,12 +30,13 @@ class Scene:
         self.random = random.Random(seed)
         path.joinpath("config.yaml").write_text(yaml.safe_dump(recipe(path)), encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(self.run.policy))
+            self.run.policy.mkdir()
+            tokenizer.save(str(self.run.policy / "tokenizer.json"))
         self.run.steps_done = 0
         self.run.event("start", run_id="scene", incarnation=1, step=0)
 
     def ids(self, text: str) -> list[int]:
-        return list(text.encode()) if self.tokenizer is None else self.tokenizer(text, add_special_tokens=False).input_ids
+        return list(text.encode()) if self.tokenizer is None else self.tokenizer.encode(text).ids
 
     def step(self, prompt: str | None = None, response: str | None = None, **more: float) -> None:
         number = self.steps
@@ -96,13 +98,13 @@ class Scene:
         asked, said = self.ids(prompt), self.ids(response)
         value = self.random.gauss(0.1 * step, 0.3)
         judged = self.random.gauss(0, 1)
-        unclear = k == 3
+        detail = {"first": judged, "second": judged}
         scores = {
             "attention": Score(status="ok", value=value, detail={"coverage": 0.4, "focus": -0.9, "repeat": 0.0}),
-            "judge": Score(status="failed", error=Failure(kind="data", code="judge_unclear", message="the judge gives too little"))
-            if unclear
-            else Score(status="ok", value=judged, detail={"first": judged, "second": judged, "consistent": int(k != 1), "mass": 0.9}),
-        }  # fmt: skip
+            "judge": Score(status="failed", error=UNCLEAR)
+            if k == 3
+            else Score(status="ok", value=judged, detail={**detail, "consistent": int(k != 1), "mass": 0.9}),
+        }
         return Sample(
             sample_id=sample_id_of(group, k), group_id=group, prompt_id=group.partition(":")[2], attempt=1,
             policy_versions=((self.incarnation, max(0, step - 1), len(said)),), prompt=prompt, prompt_ids=tuple(asked),

@@ -344,6 +344,9 @@ export function controls(board) {
     h("span", { class: "quiet hint" }, "drag over a curve to zoom, double-click for the whole run"));
 }
 
+/** As many bars as a finger can tell apart in `element`: 26 pixels each. */
+export function barsIn(element) { return Math.max(6, Math.min(40, Math.floor(element.clientWidth / 26))); }
+
 /** Bars of a histogram; each is a link made by `link(low, high)`. */
 export function bars(found, title, link) {
   if (!found.count) return h("p", { class: "quiet" }, found.failed ? `no value; ${number(found.failed)} failed` : "no value yet");

@@ -45,7 +45,7 @@ export function promptPieces(sample) { return sample.prompt_pieces ?? sample.pro
 
 export function spoken(piece, id) {
   if (piece === null || piece === undefined) return `token id ${id}`;
-  return piece === "" ? "part of a sign" : piece.trim() === "" ? "blank" : piece.trim();
+  return piece === "" ? "no text of its own" : piece.trim() === "" ? "blank" : piece.trim();
 }
 
 /** A response as coloured spans, without keys or pointer: for groups and lists. */

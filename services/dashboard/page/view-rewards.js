@@ -1,7 +1,7 @@
 // What each source says, over the steps and as a histogram whose bars are links to their samples.
 
 import { get } from "./api.js";
-import { Board, bars, controls } from "./charts.js";
+import { Board, bars, barsIn, controls } from "./charts.js";
 import { atMost, fill, h } from "./dom.js";
 import { sourceName } from "./format.js";
 import { chartOf, together } from "./names.js";
@@ -27,7 +27,7 @@ export async function show(place, run, _query) {
   const count = async () => {
     const [low, high] = board.range ?? [null, null];
     await Promise.all(cards.map(async ({ source, drawn }) => {
-      const found = await get("histogram", { run: name, source: source.name, low, high });
+      const found = await get("histogram", { run: name, source: source.name, low, high, bins: barsIn(drawn) });
       fill(drawn, bars(found, sourceName(source.name), (from, to) => link("samples", { source: source.name || "*", low: from, high: to, step_from: low, step_to: high })));
     }));
   };

@@ -1,7 +1,7 @@
 // What judges said: how often the response was better, whether both orders agree, and by which principles.
 
 import { get } from "./api.js";
-import { bars } from "./charts.js";
+import { bars, barsIn } from "./charts.js";
 import { atMost, fill, h, table } from "./dom.js";
 import { number, percent } from "./format.js";
 import { detail } from "./view-sample.js";
@@ -14,7 +14,7 @@ export async function show(place, run, query) {
   const recipe = summary.recipe?.reward?.sources?.[source.name] ?? {};
   const body = h("div", {});
   const draw = async () => {
-    const [found, histogram] = await Promise.all([get("verdicts", { run: name, source: source.name, only: query.only }), get("histogram", { run: name, source: source.name })]);
+    const [found, histogram] = await Promise.all([get("verdicts", { run: name, source: source.name, only: query.only }), get("histogram", { run: name, source: source.name, bins: barsIn(body) - 2 })]);
     const compares = recipe.mode !== "rate" && source.kind === "judge";
     fill(body,
       h("dl", { class: "tiles" }, tile("verdicts", number(found.count)), tile("failed", number(histogram.failed)),
