@@ -237,9 +237,8 @@ def _judges(database: sqlite3.Connection, config: Mapping[str, Any]) -> Html:
         source: Mapping[str, Any] = config["reward"]["sources"][name]
         principles: Any = source.get("principles") or "–"
         shown = "<br>".join(text(one) for one in _several(principles))
-            [text(name), text(source.get("mode") or kind), number(found["count"]), _share(found["better"]),
-             _share(found["consistent"]), shown]
-        )  # fmt: skip
+        shares = (_share(found["better"]), _share(found["consistent"]))
+        rows.append([text(name), text(source.get("mode") or kind), number(found["count"]), *shares, shown])
     heads = ["judge", "mode", "verdicts", "above 0", "same in both orders", "principles"]
     return section("Verdicts", table(heads, rows, numeric=[2, 3, 4])) if rows else ""
 
