@@ -144,13 +144,13 @@ class Watched:
 
     async def stream(self, last_id: str | None) -> AsyncIterator[bytes]:
         """Server-sent events from now on, or from the one after `last_id`; first, how far the run is (`hello`)."""
+        await asyncio.to_thread(self.touch)
         watcher = Watcher(asyncio.get_running_loop())
         with self._lock:
             missed = self._since(last_id)
             number = self._number
             self._watchers.add(watcher)
         try:
-            await asyncio.to_thread(self.touch)
             hello = {"steps": self.steps, "version": self.version, "progress": self.progress, "problem": self.problem}
             yield b"id: %s.%d\nevent: hello\ndata: %s\n\n" % (self._epoch.encode(), number, json.dumps(hello).encode())
             if missed is None:
