@@ -17,7 +17,7 @@ WORKERS ?= 2
 FAMILY ?= decoder
 RUN_DIR ?= runs/quickstart$(if $(filter-out decoder,$(FAMILY)),-$(FAMILY))
 
-.PHONY: help setup quickstart test check check-chart deploy-tools format docs bench clean
+.PHONY: help setup quickstart test check check-chart deploy-tools format docs site bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -34,7 +34,7 @@ quickstart: setup  ## data -> small policy -> fine-tuning -> RL -> evaluation, o
 test: setup deploy-tools  ## the test suite, a process a core
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: setup check-chart  ## style, types, who may import whom, and check-chart
+check: setup check-chart site  ## style, types, who may import whom, the chart, and the documentation's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -50,9 +50,13 @@ format: setup  ## write the style that `make check` asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## what is written from the code: docs/configuration-reference.md, docs/openapi/
+docs: setup  ## what is written from the code: docs/configuration-reference.md, docs/openapi/, docs/http-api.md
 	$(BIN)/python scripts/configuration_reference.py
 	$(BIN)/python scripts/openapi.py
+	$(BIN)/python scripts/http_api.py
+
+site: setup  ## the documentation as a site in build/site; a link that leads nowhere is an error
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/site
 
 bench: setup  ## every benchmark, quick; the whole of one: python -m benchmarks.NAME
 	@names=$$(find benchmarks -maxdepth 1 -name '[a-z]*.py' ! -name common.py ! -name http_load.py -printf '%f\n' | sed 's/\.py$$//' | sort); \

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from cluster.plan import machines_of_ray
 from reward_server.client import RewardClient
 from reward_server.config import RewardSection
 from reward_server.model_actor import ActorReplica
@@ -25,7 +26,7 @@ LIVE_S = 10.0
 
 
 class RewardActor(RewardServer):
-    """The run's reward server, on loopback; on a cluster of several nodes, on the address that the others reach."""
+    """The run's reward server, on loopback; on a cluster of several machines, on the address that the others reach."""
 
     def __init__(
         self, section: RewardSection, *, token: str, models: Mapping[str, Sequence[Any]], load_s: float
@@ -112,6 +113,5 @@ class ScoringActor:
 def _host(section: RewardSection) -> str:
     import ray
 
-    nodes: Any = ray.nodes()
-    several = sum(1 for node in nodes if node["Alive"]) > 1
+    several = machines_of_ray(ray.nodes()) > 1
     return ray.util.get_node_ip_address() if several and is_loopback(section.host) else section.host
