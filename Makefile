@@ -17,10 +17,10 @@ WORKERS ?= 2
 FAMILY ?= decoder
 RUN_DIR ?= runs/quickstart$(if $(filter-out decoder,$(FAMILY)),-$(FAMILY))
 
-.PHONY: help setup quickstart test check format docs site bench clean
+.PHONY: help setup quickstart test check check-chart deploy-tools format docs site bench clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 	@echo
 	@echo '  make quickstart FAMILY=encoder-decoder     the other family; RUN_DIR=... another place'
 	@echo '  ARGS="..." is passed on, e.g. make quickstart ARGS="--steps 5", make test ARGS="-k stream"'
@@ -31,14 +31,20 @@ setup:  ## .venv with everything that requirements/cpu.lock names
 quickstart: setup  ## data -> small policy -> fine-tuning -> RL -> evaluation, on this machine
 	$(BIN)/attune quickstart --family $(FAMILY) --run-dir $(RUN_DIR) $(ARGS)
 
-test: setup  ## the test suite, a process a core
+test: setup deploy-tools  ## the test suite, a process a core
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: setup site  ## style, types, who may import whom, and the links of the documentation
+check: setup check-chart site  ## style, types, who may import whom, the chart, and the documentation's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+
+check-chart: setup deploy-tools  ## the image's build file and the Helm chart, without an engine or a cluster
+	$(BIN)/python scripts/check_chart.py
+
+deploy-tools: setup
+	@$(BIN)/python scripts/deploy_tools.py
 
 format: setup  ## write the style that `make check` asks for
 	$(BIN)/ruff check --fix .
