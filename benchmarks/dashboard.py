@@ -291,7 +291,8 @@ def measure_run(options: Options, size: Size, root: Path) -> dict[str, float]:
     scale = pipeline.Size(steps=most, runs=(1,), groups_per_step=4, max_tokens=24, prompts=2000)
     pipeline.build_policy(True, scale, root / "policy")
     config = resolve(
-        apply_overrides(pipeline.recipe(scale, root / "policy", 1).model_dump(mode="json"), ["run.max_staleness=1"]), NAME
+        apply_overrides(pipeline.recipe(scale, root / "policy", 1).model_dump(mode="json"), ["run.max_staleness=1"]),
+        NAME,
     )
     watching = Watching(root / "run", root / "cache-run", size, skip)
     watching.start()

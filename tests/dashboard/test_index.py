@@ -119,7 +119,9 @@ def test_a_cut_back_run_that_is_shorter_now_forgets_the_rest(scene: Scene, opene
         assert queries.events(database, "mark", 10)[-1]["data"]["incarnation"] == 2
 
 
-def test_a_run_that_was_made_anew_at_the_same_place_is_another_one(scene: Scene, opened: Opened, tmp_path: Path) -> None:
+def test_a_run_that_was_made_anew_at_the_same_place_is_another_one(
+    scene: Scene, opened: Opened, tmp_path: Path
+) -> None:
     scene.step()
     index = opened()
     follow(index)
