@@ -218,7 +218,7 @@ def test_failures_have_their_reasons(scene: Scene, opened: Opened) -> None:
     assert verdicts["consistent"] == pytest.approx(2 / 3)
 
 
-def test_a_map_is_read_in_parts_and_only_from_among_the_runs_maps(scene: Scene, tmp_path: Path) -> None:
+def test_a_map_is_read_in_parts_and_only_from_among_the_runs_maps(scene: Scene) -> None:
     scene.step()
     run = RunFiles("run", scene.run.path)
     row = json.loads(scene.run.samples.joinpath("step_000000.jsonl").read_text().splitlines()[0])
