@@ -27,8 +27,10 @@ from services.errors import UserError
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-SLICE_S = 0.2
+SLICE_S = 0.1
 """Of indexing at a time, between which questions are answered and pages are told."""
+ASKED_S = 0.5
+"""So long after a question the index makes way for the next ones."""
 IDLE_S = 60.0
 """After the last question, where nobody watches, the thread ends."""
 HEARTBEAT_S = 15.0
@@ -208,6 +210,9 @@ class Watched:
         try:
             self._place = place_of(self.run, self._root)
             self._index = Index(self.run, self._place.directory)
+            if self._index.preview:
+                self.progress = progress_of(self._index, Change(more=True))
+                self._ready.set()
         except (OSError, sqlite3.Error, UserError) as error:
             self._failed = error if isinstance(error, UserError) else UserError(f"index of {self.run.path}: {error}")
             self._ready.set()
@@ -218,7 +223,8 @@ class Watched:
             while not self._closing.is_set() and self._wanted():
                 more = self._look(self._index)
                 self._ready.set()
-                self._closing.wait(0.01 if more else POLL_S)
+                asked = time.monotonic() - self._asked < ASKED_S
+                self._closing.wait((SLICE_S if asked else 0.005) if more else POLL_S)
         finally:
             self._ready.set()
             self._index.close()

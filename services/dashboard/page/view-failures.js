@@ -7,7 +7,7 @@ import { said } from "./view-overview.js";
 
 export async function show(place, run) {
   const { name, link } = run;
-  const body = h("div", {});
+  const body = h("div", { class: "stack" });
   const draw = async () => {
     const [{ failures }, { events, counts }] = await Promise.all([get("failures", { run: name }), get("events", { run: name, level: "fault", most: 200 })]);
     const faults = counts.filter(({ level }) => level === "fault");
