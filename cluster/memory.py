@@ -43,6 +43,8 @@ class Shape:
     inner: int
     vocabulary: int
     encoder_layers: int = 0
+    head: int = 0
+    """Parameters of an output head of its own; 0 where it is the embedding."""
     mlp_kept: int = 4
     scores: bool = False
 

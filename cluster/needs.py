@@ -58,7 +58,8 @@ def value_parameters(config: Config, shape: Shape, saved: Mapping[str, int]) -> 
         return whole, whole
     width = section.value_hidden or shape.hidden
     head = shape.hidden * width + 2 * width + 1
-    return (head, 0) if section.value_function == "shared" else (shape.parameters + head, shape.parameters)
+    trunk = shape.parameters - shape.head  # the copy's own output head is dropped
+    return (head, 0) if section.value_function == "shared" else (trunk + head, trunk)
 
 
 def lengths(config: Config, shape: Shape, context: int | None) -> tuple[int, int]:

@@ -34,6 +34,7 @@ def _shape(config: PreTrainedConfig, model: Any) -> Shape:
     both = family_of(config) == "encoder-decoder"
     hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
     decoder = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     encoder = getattr(config, "encoder_layers", None) or text.num_hidden_layers
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -45,6 +46,7 @@ def _shape(config: PreTrainedConfig, model: Any) -> Shape:
         inner=_first(text, INNER) or 4 * hidden,
         vocabulary=int(text.vocab_size),
         encoder_layers=int(encoder) if both else 0,
+        head=0 if output is None or output.weight is embedding.weight else output.weight.numel(),
         mlp_kept=_mlp_kept(text),
         scores=not getattr(model, "_supports_sdpa", False),
     )

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SECONDS = 400.0
+SECONDS = 900.0
 
 
 def until(what: str, condition: Callable[[], Any]) -> Any:
