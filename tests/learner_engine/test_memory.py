@@ -22,19 +22,19 @@ def predicted(job: dict, model: str) -> Need:
     return needs_of(config, shape_of(config.policy), parts, captured=1)["learner"]
 
 
-@pytest.mark.parametrize(
-    ("model", "learner"),
-    [
-        ("untied", {"value_function": "separate", "dtype": "float32"}),
-        ("tied", {"value_function": "shared", "dtype": "bfloat16"}),
-    ],
-)
-def test_partitions_are_what_was_predicted(
-    model_dirs: dict[str, str], tmp_path: Path, model: str, learner: dict[str, str]
-) -> None:
-    job = {**job_of(model_dirs[model], 1, ranks=RANKS, advantage="gae", **learner), "scenario": "held"}
-    held = run_ranks({"job": job}, RANKS, tmp_path)["job"]
-    items = {item.name: item.bytes for item in predicted(job, model_dirs[model]).items}
-    assert {name: items[name] for name in held} == {
-        name: pytest.approx(bytes, rel=PADDING) for name, bytes in held.items()
+MODELS = {
+    "untied": {"value_function": "separate", "dtype": "float32"},
+    "tied": {"value_function": "shared", "dtype": "bfloat16"},
+}
+
+
+def test_partitions_are_what_was_predicted(model_dirs: dict[str, str], tmp_path: Path) -> None:
+    jobs = {
+        model: {**job_of(model_dirs[model], 1, ranks=RANKS, advantage="gae", **learner), "scenario": "held"}
+        for model, learner in MODELS.items()
     }
+    for model, held in run_ranks(jobs, RANKS, tmp_path).items():
+        items = {item.name: item.bytes for item in predicted(jobs[model], model_dirs[model]).items}
+        assert {name: items[name] for name in held} == {
+            name: pytest.approx(bytes, rel=PADDING) for name, bytes in held.items()
+        }
