@@ -1,4 +1,4 @@
-"""Metric names that more than one room writes or reads, and the sinks that metrics go to.
+"""The sinks that a step's metrics go to.
 
 Invariant 10: watching never stops the run. A sink that fails is reported once, switched off, and training goes on. The
 one exception is `metrics.jsonl`, which is part of the run directory's contract and is written by the driver itself.
@@ -14,27 +14,6 @@ from typing import Any, Protocol
 from services.errors import UserError
 
 log = logging.getLogger(__name__)
-
-NONDETERMINISTIC = frozenset(
-    {
-        "time_s",
-        "time/step_s",
-        "time/train_s",
-        "time/publish_s",
-        "time/wait_batch_s",
-        "time/commit_s",
-        "time/evaluation_s",
-        "throughput/tokens_per_s",
-        "idle/learner",
-        "idle/rollouts",
-        "queue/generated",
-        "queue/scored",
-        "incarnation",
-        "version/incarnation_max",
-    }
-)
-"""Keys of metrics.jsonl that depend on the clock, on scheduling or on restarts; all others are reproducible where
-invariant 5 applies."""
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 

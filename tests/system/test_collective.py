@@ -18,7 +18,7 @@ from learner.commit import latest_committed
 from services.stream.config import StreamSection
 from services.stream.embedded import address_in
 from services.stream.ledger import open_ledger
-from services.telemetry import NONDETERMINISTIC
+from services.vocabulary import NONDETERMINISTIC
 
 Attune = Callable[..., tuple[int, str]]
 Recipe = Callable[..., Path]

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from learner.commit import latest_committed
-from services.telemetry import NONDETERMINISTIC
+from services.vocabulary import NONDETERMINISTIC
 
 Attune = Callable[..., tuple[int, str]]
 Start = Callable[..., subprocess.Popen[str]]
