@@ -55,7 +55,7 @@ def free_ports(count: int) -> list[int]:
 class Cluster:
     """A cluster that was started by the page's commands, at places of its own; runs the page's other commands."""
 
-    def __init__(self, home: Path, recipe: Path, run: Path) -> None:
+    def __init__(self, home: Path, recipe: Path, policy: Path, run: Path) -> None:
         self.head, self.dashboard, agent = free_ports(3)
         # Reports the driver's exit code, which Ray keeps of failed jobs alone; all else is as the page says.
         wrapper = home / "reporting"
@@ -65,6 +65,7 @@ class Cluster:
         self._instead = {
             ":8265": f":{self.dashboard}",
             "recipes/cagsr-qa.yaml": str(recipe),
+            "/shared/models/policy": str(policy),
             "/shared/runs/cagsr": str(run),
             "python -m cluster": f"{wrapper} python -m cluster",
             "ray start --head": f"ray start --head --block --port {self.head} --dashboard-port {self.dashboard} "
@@ -77,6 +78,7 @@ class Cluster:
             "HOME": str(home),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": str(PATIENCE_S),
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
@@ -84,7 +86,12 @@ class Cluster:
         self._server = subprocess.Popen(
             ["/bin/bash", "-ec", self.command("ray start")], env=self.environment, stdout=self.log, stderr=self.log
         )
-        until("the dashboard", lambda: authentication_mode(f"127.0.0.1:{self.dashboard}"))
+        until("the dashboard", self._is_up)
+
+    def _is_up(self) -> bool:
+        self.log.seek(0)
+        assert self._server.poll() is None, self.log.read()
+        return authentication_mode(f"127.0.0.1:{self.dashboard}") == "token"
 
     def command(self, word: str) -> str:
         text = block(word)
@@ -113,10 +120,10 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(recipe: Callable[..., Path], tmp_path: Path) -> Iterator[Cluster]:
+def cluster(recipe: Callable[..., Path], tiny_decoder: Path, tmp_path: Path) -> Iterator[Cluster]:
     path = recipe(run={"epochs": 4}, cluster={"start_s": 600, "batch_s": 600})
     (tmp_path / "home").mkdir()
-    started = Cluster(tmp_path / "home", path, tmp_path / "run")
+    started = Cluster(tmp_path / "home", path, tiny_decoder, tmp_path / "run")
     try:
         yield started
     finally:
