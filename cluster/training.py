@@ -33,6 +33,7 @@ from cluster.progress import RunProgress
 from cluster.room import plan_with_room, room_for_learner
 from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
+from cluster.status import StatusFile
 from cluster.step_record import Timing, ledger_metrics, reward_revisions, silent_sources
 from cluster.summary import write_summary
 from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Supervisor
@@ -119,7 +120,9 @@ class Training:
         self._silent: set[str] = set()
 
     def run_to_the_end(self) -> Outcome:
-        with RunProgress(self.console, self.batches.feed.total_steps, self.history.steps_done) as self.progress:
+        total = self.batches.feed.total_steps
+        self.status = StatusFile(self.run, total)
+        with RunProgress(self.console, total, self.history.steps_done, self.status) as self.progress:
             try:
                 while True:
                     try:
@@ -139,6 +142,7 @@ class Training:
         outcome = Outcome(
             stopped, self.history.steps_done, self.history.committed_steps, round(time.monotonic() - self.started, 3)
         )
+        self.status.end("stopped" if stopped else "finished")
         self.run.event(
             "stopped" if stopped else "finished", signal=stopped, steps=outcome.steps, committed=outcome.committed_steps
         )
@@ -350,6 +354,7 @@ class Training:
             metrics |= self._evaluate(step)
         self.run.write_metrics(step, {**metrics, "reward/revisions": revisions})
         self.telemetry.write(step, metrics)
+        self.run.steps_done = step + 1
         self.progress.step(step, metrics)
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -444,4 +449,5 @@ class Training:
 
     def _tick(self) -> None:
         self.stop.check()
+        self.status.beat(self.supervisor)
         self.batches.look()
