@@ -44,9 +44,11 @@ format: setup  ## write the style that `make check` asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## what is written from the code: docs/configuration-reference.md, docs/openapi/
+docs: setup  ## what is written from the code: docs/configuration-reference.md, docs/metrics.md, docs/openapi/, deploy/grafana/
 	$(BIN)/python scripts/configuration_reference.py
 	$(BIN)/python scripts/openapi.py
+	$(BIN)/python scripts/metrics_reference.py
+	$(BIN)/python scripts/grafana.py
 
 bench: setup  ## every benchmark, quick; the whole of one: python -m benchmarks.NAME
 	@names=$$(find benchmarks -maxdepth 1 -name '[a-z]*.py' ! -name common.py ! -name http_load.py -printf '%f\n' | sed 's/\.py$$//' | sort); \

@@ -75,7 +75,9 @@ def start_learners(
     ranks = tuple(
         Running(
             f"learner-{rank}",
-            supervisor.actor(LearnerWorker, part, environment, dict(tree), rank, part.count, run_dir),
+            supervisor.actor(
+                f"learner-{rank}", LearnerWorker, part, environment, dict(tree), rank, part.count, run_dir
+            ),
         )
         for rank in range(part.count)
     )
