@@ -46,6 +46,11 @@ class ClusterSection(Section):
         default=None,
         description="Ray address to join; null: the cluster of RAY_ADDRESS, or one started on this machine.",
     )
+    open_dashboard: bool = Field(
+        default=False,
+        description="Go on with a Ray cluster whose dashboard listens beyond loopback and asks for no token. Whoever "
+        "reaches such a dashboard runs code on every node. Default: the run is refused.",
+    )
     rollout_cpus: float = Field(
         default=0.25,
         ge=0,
@@ -56,6 +61,12 @@ class ClusterSection(Section):
     learner_gpus: float = Field(default=0, ge=0, description="GPUs that Ray reserves for a learner rank.")
     service_cpus: float = Field(
         default=0.1, ge=0, description="CPUs that Ray reserves for each of the reward server and the scoring workers."
+    )
+    learner_placement: Literal["any", "pack", "spread", "strict_spread"] = Field(
+        default="any",
+        description="Where the learner's ranks go, as one reservation of Ray's (a placement group). `pack`: together "
+        "where that fits, for fast collectives; `spread`: over the nodes as far as that fits; `strict_spread`: never "
+        "two on one node. `any`: each where Ray finds room, without a reservation.",
     )
     memory_gb: float = Field(
         default=0.0,
@@ -78,7 +89,9 @@ class ClusterSection(Section):
     stop_s: float = Field(
         default=20.0,
         gt=0,
-        description="Grace (s) after a signal in which a last commit may be written; Ray's own default is 3.",
+        description="Grace (s) after a signal in which a last commit may be written. Whoever sends the signal has to "
+        "wait longer than that before it kills: `ray job stop` does where RAY_JOB_STOP_WAIT_TIME_S says so (Ray's "
+        "default is 3).",
     )
     restarts: int = Field(
         default=3,
@@ -126,6 +139,15 @@ class ClusterSection(Section):
         description="`weights: files`: where sets of weights are published; null: shared memory. Several nodes need a "
         "path that all of them see.",
     )
+
+    @model_validator(mode="after")
+    def _something_to_reserve(self) -> Self:
+        if self.learner_placement != "any" and not (self.learner_cpus or self.learner_gpus):
+            raise ValueError(
+                f"learner_placement: {self.learner_placement} reserves learner_cpus and learner_gpus, and both are 0; "
+                "allowed with any"
+            )
+        return self
 
 
 class Config(Section):

@@ -16,7 +16,8 @@ from cluster.config import Config
 from cluster.feed import total_steps
 from cluster.history import History, begin_incarnation, open_history
 from cluster.janitor import with_janitor
-from cluster.plan import fitting, nodes_of_ray
+from cluster.plan import fitting, machines_of_ray, nodes_of_ray
+from cluster.ray_job import check_run_dir, is_job, short_grace
 from cluster.ray_metrics import RayMetrics
 from cluster.ray_runtime import ray_cluster
 from cluster.recipe import save_resolved
@@ -43,9 +44,12 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
         UserError, PlanError: what the user can mend.
         Deadline, PartFailed: a part that did not answer, or died; the last commit is valid.
     """
+    if is_job(os.environ):
+        check_run_dir(run_path)
     run = RunDir(run_path)
     run.lock()
     try:
+        say_short_grace(config, run)
         starts = [event for event in read_jsonl(run.events) if event.get("event") == "start"]
         run_id = str(starts[0]["run_id"]) if starts else uuid4().hex[:12]
         history = open_history(run, config, resume, run_id)
@@ -60,9 +64,8 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             ledger = open_ledger(url, history.run_id, config.stream, lease_losses=config.rollout.lease_losses)
             ray = stack.enter_context(ray_cluster(config.cluster))
             stop.install()
-            nodes = nodes_of_ray(ray.nodes())
-            fitting(config, nodes)
-            check_reach(config, len(nodes))
+            fitting(config, nodes_of_ray(ray.nodes()))
+            check_reach(config, machines_of_ray(ray.nodes()))
             telemetry = Telemetry(
                 config.run.trackers,
                 run.path,
@@ -93,6 +96,13 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
         run.unlock()
 
 
+def say_short_grace(config: Config, run: RunDir) -> None:
+    """Says where Ray would end this run before its last commit; it goes on all the same, from the commit before."""
+    if is_job(os.environ) and (short := short_grace(config.cluster.stop_s, os.environ)) is not None:
+        log.warning("%s", short)
+        run.event("short_grace", why=short)
+
+
 def is_finished(config: Config, run: RunDir, history: History, prompts: int) -> bool:
     """Whether every step of the recipe is committed and the policy was written: there is nothing to go on with."""
     steps = total_steps(
@@ -101,22 +111,23 @@ def is_finished(config: Config, run: RunDir, history: History, prompts: int) -> 
     return history.committed_steps >= steps and run.policy.exists()
 
 
-def check_reach(config: Config, nodes: int) -> None:
-    """What a run keeps on one machine by default, actors on other nodes would not find.
+def check_reach(config: Config, machines: int) -> None:
+    """What a run keeps on one machine by default, actors on other machines would not find.
 
     Raises:
-        UserError: the cluster has several nodes, and the stream or the weights are on this one alone.
+        UserError: the cluster has several, and the stream or the weights are on this one alone.
     """
-    if nodes < 2:
+    if machines < 2:
         return
     if config.stream.url is None:
         raise UserError(
-            f"stream.url: is null, and the cluster has {nodes} nodes; give the URL of a Redis that all of them reach"
+            f"stream.url: is null, and the cluster has {machines} machines; give the URL of a Redis that all of "
+            "them reach"
         )
     if config.cluster.weights == "files" and config.cluster.weights_dir is None:
         raise UserError(
-            f"cluster.weights_dir: is null (shared memory), and the cluster has {nodes} nodes; give a path that all of "
-            "them see, or set cluster.weights to 'collective'"
+            f"cluster.weights_dir: is null (shared memory), and the cluster has {machines} machines; give a path that "
+            "all of them see, or set cluster.weights to 'collective'"
         )
 
 

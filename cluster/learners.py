@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.plan import Part
+from cluster.reservation import Reservation
 from cluster.supervise import LearnerDied, LedgerBehind, PartDied, PartFailed, Running, Supervisor
 from learner.faults import PeerLost
 from learner.worker import LearnerWorker
@@ -69,14 +70,27 @@ def start_learners(
     total_steps: int,
     resume: str | None,
     tick: Callable[[], None],
+    room: Reservation | None = None,
 ) -> LearnerGroup:
-    """Starts the ranks, joins them into one process group and loads the policy, or the checkpoint `resume`."""
+    """Starts the ranks, joins them into one process group and loads the policy, or the checkpoint `resume`.
+
+    They go where `room` was reserved for them, which is given back with them.
+    """
     environment = learner_environment(config)
+    supervisor.room = room
     ranks = tuple(
         Running(
             f"learner-{rank}",
             supervisor.actor(
-                f"learner-{rank}", LearnerWorker, part, environment, dict(tree), rank, part.count, run_dir
+                f"learner-{rank}",
+                LearnerWorker,
+                part,
+                environment,
+                dict(tree),
+                rank,
+                part.count,
+                run_dir,
+                within=None if room is None else room.options(rank),
             ),
         )
         for rank in range(part.count)
@@ -84,9 +98,9 @@ def start_learners(
     group = LearnerGroup(supervisor, ranks, tick)
     supervisor.learners = list(ranks)
     seconds = config.cluster.start_s
-    address, port = supervisor.wait(
-        [ranks[0].handle.address.remote()], [ranks[0].name], what="the learner's address", seconds=seconds, tick=tick
-    )[0]
+    address, port = LearnerGroup(supervisor, ranks[:1], tick).call(
+        "address", what="the learner's address", seconds=seconds
+    )
     info = group.call(
         "setup", address, port, resume, total_steps, what="the learner to load the policy", seconds=seconds
     )

@@ -5,10 +5,14 @@ Fault of others that this avoids: a placement that can never fit and waits for e
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from cluster.config import Config
 from reward_server.placement import placed_models
 from services.errors import PlanError
+
+Apart = Literal["any", "pack", "spread", "strict_spread"]
+"""How the actors of a part lie on the nodes: `cluster.learner_placement`."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Part:
     memory_gb: float = 0.0
     restarts: int = 0
     """How often Ray starts one again by itself."""
+    apart: Apart = "any"
 
     def options(self) -> dict[str, float]:
         """The actor options of Ray."""
@@ -40,7 +45,14 @@ class Node:
 def parts_of(config: Config) -> dict[str, Part]:
     cluster = config.cluster
     parts = [
-        Part("learner", config.learner.ranks, cluster.learner_cpus, cluster.learner_gpus, cluster.memory_gb),
+        Part(
+            "learner",
+            config.learner.ranks,
+            cluster.learner_cpus,
+            cluster.learner_gpus,
+            cluster.memory_gb,
+            apart=cluster.learner_placement,
+        ),
         Part("rollout", config.rollout.actors, cluster.rollout_cpus, cluster.rollout_gpus, cluster.memory_gb),
         Part("reward_server", 1, cluster.service_cpus),
         Part("scoring_worker", config.reward.worker.workers, cluster.service_cpus),
@@ -69,16 +81,26 @@ def place(parts: Sequence[Part], nodes: Sequence[Node]) -> dict[str, list[str]]:
     # By place, not by name: two nodes of one machine have the same.
     free = [[node.cpus, node.gpus, node.memory_gb] for node in nodes]
     placed: dict[str, list[str]] = {part.name: [] for part in parts}
-    for part in sorted(parts, key=lambda part: (-part.gpus, -part.cpus, -part.memory_gb, part.name)):
+    # What is bound to places goes before what fits anywhere.
+    order = sorted(
+        parts, key=lambda part: (part.apart != "strict_spread", -part.gpus, -part.cpus, -part.memory_gb, part.name)
+    )
+    for part in order:
         need = (part.cpus, part.gpus, part.memory_gb)
+        here = [0] * len(nodes)
         for index in range(part.count):
-            for node, left in zip(nodes, free, strict=True):
-                if all(n <= have + 1e-9 for n, have in zip(need, left, strict=True)):
-                    left[:] = [have - n for n, have in zip(need, left, strict=True)]
-                    placed[part.name].append(node.name)
-                    break
-            else:
+            fits = [
+                place
+                for place, left in enumerate(free)
+                if all(n <= have + 1e-9 for n, have in zip(need, left, strict=True))
+                and not (part.apart == "strict_spread" and here[place])
+            ]
+            if not fits:
                 raise PlanError(_missing(part, index, parts, nodes))
+            chosen = min(fits, key=lambda place: here[place]) if part.apart in ("spread", "strict_spread") else fits[0]
+            here[chosen] += 1
+            free[chosen] = [have - n for n, have in zip(need, free[chosen], strict=True)]
+            placed[part.name].append(nodes[chosen].name)
     return placed
 
 
@@ -118,9 +140,11 @@ def _missing(part: Part, index: int, parts: Sequence[Part], nodes: Sequence[Node
         sum(p.count * p.memory_gb for p in parts),
     )
     there = "; ".join(f"{node.name}: {_amount(node.cpus, node.gpus, node.memory_gb)}" for node in nodes) or "no nodes"
+    alone = ", on a node without another of them (cluster.learner_placement: strict_spread)"
     return (
         f"the cluster cannot hold the plan: no node has room for {part.name} {index + 1} of {part.count}, which needs "
-        f"{_amount(part.cpus, part.gpus, part.memory_gb)}. The plan: {wanted}; in all {total}. "
+        f"{_amount(part.cpus, part.gpus, part.memory_gb)}{alone if part.apart == 'strict_spread' else ''}. "
+        f"The plan: {wanted}; in all {total}. "
         f"The cluster has {there}. "
         f"Ask for less (cluster.*_cpus, cluster.*_gpus, rollout.actors, learner.ranks, and cpus, gpus and replicas of "
         f"reward.sources) or add nodes"
@@ -151,3 +175,11 @@ def nodes_of_ray(rows: Sequence[Mapping[str, object]]) -> list[Node]:
             )
         )
     return nodes
+
+
+def machines_of_ray(rows: Sequence[Mapping[str, object]]) -> int:
+    """How many machines (or containers) the living nodes of `ray.nodes()` are: several raylets may be of one.
+
+    What one machine has for itself, its loopback and its shared memory, is out of reach for the others.
+    """
+    return len({str(row["NodeManagerAddress"]) for row in rows if row["Alive"]})

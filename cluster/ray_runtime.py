@@ -1,6 +1,8 @@
 """Joins the Ray cluster that is there, or starts one on this machine for the length of a run.
 
-A cluster that we start has token authentication on, with a token of its own, and no dashboard.
+A cluster that we start has token authentication on, with a token of its own, and no dashboard. One that is joined must
+not have a dashboard that others reach without a token. The driver of a Ray job is given the address of its cluster by
+Ray, and never starts one.
 """
 
 import logging
@@ -11,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.config import ClusterSection
+from cluster.ray_dashboard import check_dashboard
+from cluster.ray_job import is_job
 from services.errors import Deadline, UserError
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -19,10 +23,16 @@ OBJECT_STORE_BYTES = 256 * 2**20
 
 @contextmanager
 def ray_cluster(section: ClusterSection) -> Iterator[Any]:
-    """The `ray` module, connected. What was connected before stays so afterwards."""
+    """The `ray` module, connected. What was connected before stays so afterwards.
+
+    Raises:
+        UserError: Ray is not installed, no cluster answers, or its dashboard is open to others.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = section.address or os.environ.get("RAY_ADDRESS")
+    if not address and is_job(os.environ):
+        raise UserError("this is the driver of a Ray job, and RAY_ADDRESS, which Ray gives to it, is not set")
     if not address:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -39,12 +49,16 @@ def ray_cluster(section: ClusterSection) -> Iterator[Any]:
     }
     try:
         if address:
-            ray.init(address=address, **options)
+            context = ray.init(address=address, **options)
         else:
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+            context = ray.init(
+                address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options
+            )
     except (ConnectionError, ValueError) as error:
         raise UserError(f"cluster.address {address}: no Ray cluster answers there: {error}") from error
     try:
+        if not section.open_dashboard:
+            check_dashboard(context.dashboard_url)
         yield ray
     finally:
         ray.shutdown()

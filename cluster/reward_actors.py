@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from cluster.plan import machines_of_ray
 from cluster.ray_metrics import SCORING_COUNTERS, SERVER_COUNTERS, export_counters
 from reward_server.client import RewardClient
 from reward_server.config import RewardSection
@@ -27,7 +28,7 @@ LIVE_S = 10.0
 
 
 class RewardActor(RewardServer):
-    """The run's reward server, on loopback; on a cluster of several nodes, on the address that the others reach."""
+    """The run's reward server, on loopback; on a cluster of several machines, on the address that the others reach."""
 
     def __init__(
         self,
@@ -141,6 +142,5 @@ class ScoringActor:
 def _host(section: RewardSection) -> str:
     import ray
 
-    nodes: Any = ray.nodes()
-    several = sum(1 for node in nodes if node["Alive"]) > 1
+    several = machines_of_ray(ray.nodes()) > 1
     return ray.util.get_node_ip_address() if several and is_loopback(section.host) else section.host

@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.plan import Part
 from cluster.pulse import Pulse
+from cluster.reservation import Reservation
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
 from reward_server.worker import ScoringOutage, ScoringRefused
@@ -105,6 +106,8 @@ class Supervisor:
     kept: list[Kept] = field(default_factory=list)
     learners: list[Running] = field(default_factory=list)
     others: list[Running] = field(default_factory=list)
+    room: Reservation | None = None
+    """What is reserved for the learner's ranks."""
     on_death: Callable[[str], None] | None = None
     """Told the name of every rollout actor that has died, before another is started."""
     watch: Callable[[], None] | None = None
@@ -112,11 +115,20 @@ class Supervisor:
     _rollouts_ever: int = 0
     _titles: Counter[str] = field(default_factory=Counter[str])
 
-    def actor(self, title: str, cls: type, part: Part, env: Mapping[str, str], *args: Any, **kwargs: Any) -> Any:
+    def actor(
+        self,
+        title: str,
+        cls: type,
+        part: Part,
+        env: Mapping[str, str],
+        *args: Any,
+        within: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """A Ray actor of a plain class. Ray starts again only what has no state: nothing comes back without its own.
 
         Its name in Ray's lists is RUN/`title`, with a number from the second start of a title on: a name is free again
-        only some time after its actor has died.
+        only some time after its actor has died. `within`: the options that put it into a reservation.
         """
         self._titles[title] += 1
         started = self._titles[title]
@@ -125,6 +137,7 @@ class Supervisor:
             "name": f"{self.label}/{title}" + (f"#{started}" if started > 1 else ""),
             "runtime_env": {"env_vars": dict(env)},
             "max_restarts": part.restarts,
+            **(within or {}),
         }
         return self.ray.remote(cls).options(**options).remote(*args, **kwargs)
 
@@ -385,6 +398,12 @@ class Supervisor:
                 raise Deadline(
                     waited_for="the learner's ranks to end", who=", ".join(part.name for part in left), seconds=END_S
                 )
+        self._give_room_back()
+
+    def _give_room_back(self) -> None:
+        room, self.room = self.room, None
+        if room is not None:
+            room.give_back()
 
     def stop(self) -> None:
         """Ends every actor."""
@@ -394,3 +413,7 @@ class Supervisor:
                 self.ray.kill(part.handle, no_restart=True)
             except Exception as error:  # it may be dead already
                 log.debug("%s: %s", part.name, error)
+        try:
+            self._give_room_back()
+        except Exception as error:  # Ray gives it back with the run
+            log.debug("the learner's reservation: %s", error)

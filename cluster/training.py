@@ -30,8 +30,9 @@ from cluster.flow import Flow
 from cluster.history import History, begin_incarnation, open_history
 from cluster.learners import start_learners
 from cluster.parts import RewardParts, start_rollouts, wait_for_rollouts
-from cluster.plan import Part, fitting, nodes_of_ray
+from cluster.plan import Part
 from cluster.progress import RunProgress
+from cluster.room import plan_with_room, room_for_learner
 from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
 from cluster.step_record import Timing, ledger_metrics, reward_revisions, silent_sources
@@ -51,7 +52,6 @@ from learner.commit import (
     prune_checkpoints,
 )
 from reward_server.placement import placed_models
-from services.errors import PlanError
 from services.records import PolicyVersion
 from services.stream.ledger import Ledger
 from services.telemetry import Telemetry
@@ -176,25 +176,18 @@ class Training:
             self.evaluator = Evaluator(self.supervisor, parts["evaluator"], self.config, self.data, self._tick)
 
     def _plan(self) -> dict[str, Part]:
-        """The parts as the cluster can hold them now; after a node was lost, it is waited for.
+        """The parts as the cluster can hold them now; after a node was lost, it is waited for."""
+        wait_s = self.config.cluster.start_s if self.rewards is not None else 0.0
+        return plan_with_room(self.config, self.supervisor, self._wait_for_room, wait_s)
 
-        Raises:
-            PlanError: not even as few as the recipe allows.
-        """
-        end = time.monotonic() + (self.config.cluster.start_s if self.rewards is not None else 0.0)
-        while True:
-            try:
-                return fitting(self.config, nodes_of_ray(self.supervisor.ray.nodes()))
-            except PlanError:
-                if time.monotonic() >= end:
-                    raise
-            self.progress.phase("waiting for the cluster to have room for the learner")
-            self._tick()
-            self.supervisor.check()
-            time.sleep(POLL_S)
+    def _wait_for_room(self) -> None:
+        self.progress.phase("waiting for the cluster to have room for the learner")
+        self._tick()
+        self.supervisor.check()
 
     def _start_learners(self, part: Part) -> None:
         checkpoint = self.history.checkpoint
+        part, room = room_for_learner(self.config, self.supervisor, part, self._wait_for_room)
         if part.count < self.config.learner.ranks:
             log.warning("the learner goes on with %d of %d ranks", part.count, self.config.learner.ranks)
             self.run.event("fewer_ranks", ranks=part.count, wanted=self.config.learner.ranks)
@@ -207,6 +200,7 @@ class Training:
             total_steps=self.batches.feed.total_steps,
             resume=None if checkpoint is None else str(checkpoint),
             tick=self._tick,
+            room=room,
         )
 
     def _go_back(self, fault: GoBack) -> None:

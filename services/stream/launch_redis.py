@@ -7,7 +7,9 @@ Python safely. It imports nothing of ours. What it sets up survives the exec:
 
 - the lock on the directory (flock on an inherited descriptor): held exactly as long as a server lives, so that two
   servers never write one directory, whatever became of the processes that started them;
-- the signal by which the kernel kills the server when the thread that started it ends (PR_SET_PDEATHSIG).
+- the signal by which the kernel kills the server when the thread that started it ends (PR_SET_PDEATHSIG);
+- that it is deaf to SIGTERM and SIGINT. Who stops a run may signal all that descends from it at once (`ray job stop`
+  does), and the run needs its Redis for its last commit: it ends the server itself, by SHUTDOWN.
 
 Exit 75: another server holds the directory. Exit 76: the parent was gone already.
 """
@@ -44,6 +46,7 @@ def become_the_server(parent: int, lock_file: str, wait_s: float, server: str, c
     os.ftruncate(lock, 0)
     os.write(lock, f"{os.getpid()} {parent}\n".encode())
     os.set_inheritable(lock, True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     os.execv(server, [server, config])  # noqa: S606 - the point of this program
 
 

@@ -62,6 +62,20 @@ def test_what_was_answered_survives_a_kill_of_the_server(tmp_path: Path) -> None
         assert connect(url).dbsize() == 200
 
 
+def test_it_ends_for_its_owner_alone(tmp_path: Path) -> None:
+    """Who stops a run by signals to all its processes must not take the ledger from its last commit."""
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        client = connect(server.url)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(server.pid, number)
+        time.sleep(0.5)  # the server looks for signals 100 times a second
+        assert server.alive()
+        assert client.set("key", "value")
+    assert gone(server.pid)
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        assert connect(server.url).get("key") == b"value"
+
+
 def test_data_stays_for_the_next_server_of_the_directory(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "redis") as first:
         connect(first.url).set("key", "value")

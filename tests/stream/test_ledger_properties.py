@@ -525,15 +525,20 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
         def end_without(self, log: Path, lost: int, torn: bool) -> int:
             """Where a log ends that lacks its last `lost` commands, but for some bytes (`torn`) of the first of them.
 
-            By commands, not bytes: these depend on the clock, and an example has to come to the same each time. What
+            By commands, not bytes: these depend on the clock, and an example has to come to the same each time. So does
+            what Redis removes because its time is over, which therefore counts as a part of what was before it. What
             the server wrote anew when it started, in an order of its own, stays.
             """
             ends = [self.log_began]
             with log.open("rb") as file:
                 file.seek(self.log_began)
                 while head := file.readline():
+                    words: list[bytes] = []
                     for _ in range(int(head[1:])):
-                        file.seek(int(file.readline()[1:]) + 2, os.SEEK_CUR)
+                        words.append(file.read(int(file.readline()[1:])))
+                        file.seek(2, os.SEEK_CUR)
+                    if words[0].upper() in (b"DEL", b"UNLINK") and b":call:" in words[1] and len(words) == 2:
+                        ends.pop()
                     ends.append(file.tell())
             kept = max(0, len(ends) - 1 - lost)
             return ends[kept] + (3 if torn and kept < len(ends) - 1 else 0)

@@ -1,0 +1,41 @@
+"""Whether the dashboard of a Ray cluster lets strangers in: whoever reaches it may run code on every node.
+
+Ray submits jobs through its dashboard, and asks for a token only where the cluster was started with RAY_AUTH_MODE=token
+(CVE-2023-48022: it was never meant to be reached by others). The path that is asked here is public in Ray 2.52 and
+later; an older one has no token to ask for.
+"""
+
+from urllib.parse import urlsplit
+
+import httpx
+
+from reward_server.serve import is_loopback
+from services.errors import UserError
+
+PATH = "/api/authentication_mode"
+ANSWER_S = 10.0
+
+
+def check_dashboard(url: str | None) -> None:
+    """Raises UserError where a cluster's dashboard ("host:port"; None or "": it has none) is open to others."""
+    if not url or is_loopback(urlsplit(f"//{url}").hostname or ""):
+        return
+    mode = authentication_mode(url)
+    if mode in (None, "disabled"):
+        says = "does not say whether it asks for a token" if mode is None else "asks for no token"
+        raise UserError(
+            f"the Ray dashboard at {url} listens beyond loopback and {says}: whoever reaches it runs code on every "
+            "node. Start the cluster with RAY_AUTH_MODE=token (docs/ray-jobs.md), or its dashboard on 127.0.0.1; "
+            "cluster.open_dashboard=true goes on all the same"
+        )
+
+
+def authentication_mode(url: str) -> str | None:
+    """ "token", "disabled" or another of Ray's; None where the dashboard ("host:port") gives no answer."""
+    try:
+        answer = httpx.get(f"http://{url}{PATH}", timeout=ANSWER_S, trust_env=False)
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            return "disabled"
+        return str(answer.raise_for_status().json()["authentication_mode"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return None
