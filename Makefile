@@ -32,6 +32,7 @@ quickstart: setup  ## data -> small policy -> fine-tuning -> RL -> evaluation, o
 	$(BIN)/attune quickstart --family $(FAMILY) --run-dir $(RUN_DIR) $(ARGS)
 
 test: setup deploy-tools  ## the test suite, a process a core
+	@bash scripts/system_packages.sh chromium
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup check-chart site  ## style, types, who may import whom, the chart, and the documentation's links

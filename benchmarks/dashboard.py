@@ -5,9 +5,10 @@ and over HTTP, by the server's own process:
 
 open_cold_s       from the page's address to the first curve drawn, where no index is there yet (a preview of the curve)
 open_s            the same with the index there, in a server that was started anew
-index_s           until every sample is in the index
+index_s           until every sample is in the index; index_cpu_s, what the server's processor took for it
 memory_mib        largest resident memory of the server through all of it
-*_ms_p50, _p95    search, filter, histogram, curves, an index page deep down: answers of the server, none of them kept
+*_ms_p50, _p95    search, filter, histogram, curves, a page deep down: answers of the server, none asked before;
+                  *_cpu_ms, what the server's processor took for one, however busy the machine was
 
 Then a small training run, with ten pages open on it in Chromium for some steps, and none for as many, in turn:
 `step_ratio` is the median wall time of a step with ten pages over that with none. The browser runs on the same machine,
@@ -35,7 +36,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.common import Options, finish, parse_options
+from benchmarks.common import finish, parse_options
 
 NAME = "dashboard"
 PAGES = 10
@@ -63,7 +64,7 @@ QUICK = Size(steps=2_000, samples=2, asked=10, window=2, windows=2)
 
 def write_run(path: Path, size: Size) -> int:
     """A run directory of that size; returns the bytes of its files."""
-    chance = random.Random(0)  # noqa: S311 - not a secret
+    chance = random.Random(0)
     (path / "samples").mkdir(parents=True)
     (path / "config.yaml").write_text("run: {name: large}\nreward: {sources: {attention: {kind: attention}}}\n")
     (path / "events.jsonl").write_text(
@@ -86,12 +87,14 @@ def _sample(step: int, k: int, chance: random.Random) -> dict[str, Any]:
     value = chance.gauss(0, 1)
     score = {"status": "ok", "value": value, "detail": {"coverage": 0.3, "focus": -0.8}, "error": None}
     attention = {"layers": [1], "content": list(range(2, 22)), "salient": [4, 5], "salient_weights": [1.0, 1.0],
-                 "mass": numbers, "salient_mass": numbers, "neg_entropy_sum": numbers, "peak": numbers, "map_ref": None}  # fmt: skip
+                 "mass": numbers, "salient_mass": numbers, "neg_entropy_sum": numbers, "peak": numbers,
+                 "map_ref": None}  # fmt: skip
     return {
         "step": step, "schema_version": 1, "sample_id": f"0:{step:08x}:{k}", "group_id": f"0:{step:08x}",
         "prompt_id": f"{step:08x}", "attempt": 1, "policy_versions": [[1, step, tokens]],
         "prompt": f"<user>{' '.join(chance.choices(WORDS, k=20))}<assistant>", "prompt_ids": list(range(24)),
-        "response": " ".join(chance.choices(WORDS, k=tokens)), "response_ids": [chance.randrange(4096) for _ in numbers],
+        "response": " ".join(chance.choices(WORDS, k=tokens)),
+        "response_ids": [chance.randrange(4096) for _ in numbers],
         "finish_reason": chance.choice(["stop", "length"]), "logprobs": numbers, "attention": attention,
         "scores": {"attention": score}, "reward": score, "flags": [], "created_at": 0.0, "kl_reference": value / 10,
         "advantage": value, "kl_tokens": numbers,
@@ -143,6 +146,11 @@ def first_curve(browser: Any, origin: str, token: str) -> float:
     return took
 
 
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
 def peak_mib(process: psutil.Process) -> float:
     status = Path(f"/proc/{process.pid}/status").read_text()
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
@@ -160,9 +168,9 @@ def indexed(client: httpx.Client) -> float:
     raise RuntimeError(f"the index was not done within {WAIT_S:.0f} s")
 
 
-def answers(client: httpx.Client, size: Size) -> dict[str, float]:
-    """Milliseconds of answers; no question is asked twice."""
-    chance = random.Random(1)  # noqa: S311 - not a secret
+def answers(client: httpx.Client, process: psutil.Process, size: Size) -> dict[str, float]:
+    """Milliseconds of answers, and of the server's processor that one took; no question is asked twice."""
+    chance = random.Random(1)
 
     def low() -> int:
         return chance.randrange(size.steps // 2)
@@ -177,11 +185,13 @@ def answers(client: httpx.Client, size: Size) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, question in questions.items():
         times: list[float] = []
+        used = cpu_s(process)
         for _ in range(size.asked):
             path, params = question()
             began = time.perf_counter()
             client.get(f"/api/{path}", params={"run": "large", **params}).raise_for_status()
             times.append(1000 * (time.perf_counter() - began))
+        found[f"{name}_cpu_ms"] = 1000 * (cpu_s(process) - used) / size.asked
         found[f"{name}_ms_p50"] = median(times)
         found[f"{name}_ms_p95"] = quantiles(times, n=20)[-1]
     return found
@@ -196,16 +206,17 @@ def measure_page(size: Size, root: Path) -> dict[str, float]:
         with serving(root / "large", cache) as (origin, token, process):
             cold = first_curve(browser, origin, token)
             client = httpx.Client(base_url=origin, headers={"authorization": f"Bearer {token}"}, timeout=120)
-            index = cold + indexed(client)
+            index, used = cold + indexed(client), cpu_s(process)
             memory = peak_mib(process)
         with serving(root / "large", cache) as (origin, token, process):
             warm = [first_curve(browser, origin, token) for _ in range(3)]
             client = httpx.Client(base_url=origin, headers={"authorization": f"Bearer {token}"}, timeout=120)
-            found = answers(client, size)
+            found = answers(client, process, size)
             memory = max(memory, peak_mib(process))
     return {
         "steps": size.steps, "samples": size.steps * size.samples, "run_mib": written / 2**20, "open_cold_s": cold,
-        "open_s": median(warm), "open_first_s": warm[0], "index_s": index, "memory_mib": memory, **found,
+        "open_s": median(warm), "open_first_s": warm[0], "index_s": index, "index_cpu_s": used,
+        "memory_mib": memory, **found,
     }  # fmt: skip
 
 
@@ -255,11 +266,10 @@ class Watching(threading.Thread):
                 if "watching" not in pages.stdout.readline():
                     raise RuntimeError("the pages did not open")
                 begin = self.steps() + 1
-                before, clock = process.cpu_times(), time.monotonic()
+                before, clock = cpu_s(process), time.monotonic()
                 self.until(begin + self.size.window)
-                after = process.cpu_times()
                 self.with_pages.append(range(begin, begin + self.size.window))
-                self.cpu.append((after.user + after.system - before.user - before.system) / (time.monotonic() - clock))
+                self.cpu.append((cpu_s(process) - before) / (time.monotonic() - clock))
             finally:
                 pages.communicate(input="end\n", timeout=60)
 
@@ -276,7 +286,7 @@ def watch(url: str) -> None:
         sys.stdin.readline()
 
 
-def measure_run(options: Options, size: Size, root: Path) -> dict[str, float]:
+def measure_run(size: Size, root: Path) -> dict[str, float]:
     """Of a small training run: what ten pages cost it."""
     from rich.console import Console
 
@@ -291,7 +301,8 @@ def measure_run(options: Options, size: Size, root: Path) -> dict[str, float]:
     scale = pipeline.Size(steps=most, runs=(1,), groups_per_step=4, max_tokens=24, prompts=2000)
     pipeline.build_policy(True, scale, root / "policy")
     config = resolve(
-        apply_overrides(pipeline.recipe(scale, root / "policy", 1).model_dump(mode="json"), ["run.max_staleness=1"]), NAME
+        apply_overrides(pipeline.recipe(scale, root / "policy", 1).model_dump(mode="json"), ["run.max_staleness=1"]),
+        NAME,
     )
     watching = Watching(root / "run", root / "cache-run", size, skip)
     watching.start()
@@ -330,7 +341,7 @@ def main() -> None:
     size = QUICK if options.quick else FULL
     before = loaded()
     with tempfile.TemporaryDirectory(prefix="attune-dashboard-") as root:
-        results = {**before, **measure_page(size, Path(root)), **measure_run(options, size, Path(root))}
+        results = {**before, **measure_page(size, Path(root)), **measure_run(size, Path(root))}
     finish(NAME, options, results)
 
 

@@ -119,7 +119,9 @@ def test_a_cut_back_run_that_is_shorter_now_forgets_the_rest(scene: Scene, opene
         assert queries.events(database, "mark", 10)[-1]["data"]["incarnation"] == 2
 
 
-def test_a_run_that_was_made_anew_at_the_same_place_is_another_one(scene: Scene, opened: Opened, tmp_path: Path) -> None:
+def test_a_run_that_was_made_anew_at_the_same_place_is_another_one(
+    scene: Scene, opened: Opened, tmp_path: Path
+) -> None:
     scene.step()
     index = opened()
     follow(index)
@@ -216,7 +218,7 @@ def test_failures_have_their_reasons(scene: Scene, opened: Opened) -> None:
     assert verdicts["consistent"] == pytest.approx(2 / 3)
 
 
-def test_a_map_is_read_in_parts_and_only_from_among_the_runs_maps(scene: Scene, tmp_path: Path) -> None:
+def test_a_map_is_read_in_parts_and_only_from_among_the_runs_maps(scene: Scene) -> None:
     scene.step()
     run = RunFiles("run", scene.run.path)
     row = json.loads(scene.run.samples.joinpath("step_000000.jsonl").read_text().splitlines()[0])
