@@ -72,6 +72,43 @@ def train(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe (YAML); without one: what this machine can train.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Run directory whose disk is looked at; by default runs/NAME.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Whether a recipe fits the cluster, or this machine: memory, GPUs, disk, Redis, versions, and a plan.
+
+    Exit code 3 where something does not fit, with the bytes that are missing; 1 where something else is broken.
+    """
+    from cluster.recipe import load_recipe, resolve
+
+    config = None if recipe is None else load_recipe(recipe, overrides or [])
+    from cluster.doctor_report import plain, print_report
+
+    if config is not None and recipe is not None:
+        from cluster.doctor import examine
+
+        report = examine(config, run_dir or Path("runs") / recipe.stem)
+    else:
+        from cluster.machine import look_here
+        from cluster.sizes import examine_machine, ladder_tree
+
+        machine = look_here()
+        report = examine_machine(resolve(ladder_tree(machine), "attune doctor"), machine)
+    print_report(report, _console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(plain(report), indent=2), encoding="utf-8")
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+@app.command()
 def quickstart(
     run_dir: Annotated[
         Path | None,

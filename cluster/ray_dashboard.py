@@ -5,6 +5,7 @@ Ray submits jobs through its dashboard, and asks for a token only where the clus
 later; an older one has no token to ask for.
 """
 
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -28,6 +29,12 @@ def check_dashboard(url: str | None) -> None:
             "node. Start the cluster with RAY_AUTH_MODE=token (docs/ray-jobs.md), or its dashboard on 127.0.0.1; "
             "cluster.open_dashboard=true goes on all the same"
         )
+
+
+def dashboard_of(ray: Any) -> str | None:
+    """ "host:port" of the dashboard of the cluster that this process is connected to."""
+    node = ray._private.worker._global_node
+    return node.webui_url or None if node is not None else None
 
 
 def authentication_mode(url: str) -> str | None:

@@ -23,8 +23,10 @@ from rich.console import Console
 
 from cluster.batches import Batches
 from cluster.config import Config
+from cluster.distributions import failure_metrics, histograms
 from cluster.evaluator import NAME as EVALUATOR
 from cluster.evaluator import Evaluator
+from cluster.flow import Flow
 from cluster.history import History, begin_incarnation, open_history
 from cluster.learners import start_learners
 from cluster.parts import RewardParts, start_rollouts, wait_for_rollouts
@@ -50,6 +52,7 @@ from learner.commit import (
     needed_bytes,
     prune_checkpoints,
 )
+from reward_server.placement import placed_models
 from services.records import PolicyVersion
 from services.stream.ledger import Ledger
 from services.telemetry import Telemetry
@@ -116,7 +119,9 @@ class Training:
         self.rounds: WeightRounds | None = None
         """The transfers of `cluster.weights: collective`; None where weights go by files."""
         self.last_commit_s = 0.0
-        self._busy_before = 0.0
+        placed = {} if config.reward.worker.url else placed_models(config.reward)
+        self._flow = Flow({name: source.replicas for name, source in placed.items()})
+        self._commit_s: dict[str, float] = {}
         self._silent: set[str] = set()
 
     def run_to_the_end(self) -> Outcome:
@@ -169,6 +174,7 @@ class Training:
         wait_for_rollouts(self.supervisor, self.config.cluster.start_s, self._tick)
         if self.config.cluster.weights == "collective":
             self.rounds = WeightRounds(self.supervisor, self.learners, self.ledger, self.run, self.config)
+        self._flow.begin()
         self._open_gate(self.history.steps_done)
         if self.evaluator is None and self.config.evaluation.every:
             self.evaluator = Evaluator(self.supervisor, parts["evaluator"], self.config, self.data, self._tick)
@@ -338,13 +344,16 @@ class Training:
     ) -> None:
         fetched = self.batches.under_way(step)
         timing = Timing(began, batch_at, trained_at, publish_s, self.started)
-        counters = self.supervisor.rollout_counters()
+        counted = histograms(fetched, step)
         metrics: dict[str, float] = {
             **result["metrics"],
-            **timing.metrics(result["metrics"], counters, self._busy_before),
-            **ledger_metrics(self.ledger.counts(), self.history),
+            **timing.metrics(result["metrics"]),
+            **self._commit_s,
+            **self._flow.metrics(self.supervisor.counters()),
+            **ledger_metrics(self.ledger, self.history),
+            **failure_metrics(fetched, self.history.failed),
         }
-        self._busy_before = sum(counter["busy_s"] for counter in counters)
+        self._commit_s = {}
         self.run.write_samples(step, fetched, result["samples"])
         revisions = reward_revisions(fetched)
         if self.history.note_revisions(step, revisions):
@@ -352,8 +361,9 @@ class Training:
         self._note_silent(step, silent_sources(fetched))
         if self.evaluator is not None and (step + 1) % self.config.evaluation.every == 0:
             metrics |= self._evaluate(step)
-        self.run.write_metrics(step, {**metrics, "reward/revisions": revisions})
-        self.telemetry.write(step, metrics)
+        lists = {name: each.counts for name, each in counted.items()}
+        self.run.write_metrics(step, {**metrics, **lists, "reward/revisions": revisions})
+        self.telemetry.write(step, metrics, counted)
         self.run.steps_done = step + 1
         self.progress.step(step, metrics)
 
@@ -417,6 +427,7 @@ class Training:
         best = self.history.best.get("step") if self.config.checkpoint.keep_best else None
         prune_checkpoints(self.run.path, self.config.checkpoint.keep, None if best is None else int(best) + 1)
         self.last_commit_s = time.monotonic() - began
+        self._commit_s = {"time/commit_s": self.last_commit_s}
         self.run.event("committed", step=steps)
 
     def _commit_in_grace(self) -> None:

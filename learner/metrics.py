@@ -51,13 +51,14 @@ def reward_metrics(batch: Batch) -> dict[str, float]:
 
 
 def length_metrics(batch: Batch) -> dict[str, float]:
-    """`length/*`, response tokens."""
+    """`length/*`, tokens: of responses, where a key does not say prompt."""
     lengths = [len(item.response_ids) for item in batch.tokens]
     return {
         "length/mean": _mean(lengths),
         "length/min": float(min(lengths)),
         "length/max": float(max(lengths)),
         "length/response_tokens": float(sum(lengths)),
+        "length/prompt_tokens": float(sum(len(item.prompt_ids) for item in batch.tokens)),
         "length/prompt_mean": _mean([len(item.prompt_ids) for item in batch.tokens]),
         "length/truncated_share": float(batch.truncated.float().mean()),
     }

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rollout.cache_size import BLOCK_SIZE_CPU, cpu_cache_bytes
 from rollout.config import RolloutSection
 from rollout.engine import AttentionRows, Completion, Family, GenerationRequest
 from rollout.refusals import RequestRefused, check_fits, check_keys
@@ -31,12 +32,6 @@ from services.transfer.offer import Broken, is_offer, name_of, read_offer
 from services.weights import Corrupt
 
 EXTENSION = "rollout.vllm_capture.extension.CaptureExtension"
-
-BLOCK_SIZE_CPU = 32
-"""Tokens of a cache block: the CPU kernel's smallest, since prefixes are shared in whole blocks."""
-
-CPU_CACHE_BYTES = 4 * 2**30
-"""Most that a KV cache takes on a CPU unless the recipe says otherwise; vLLM's own rule is nearly all the memory."""
 
 
 class VllmEngine:
@@ -55,6 +50,7 @@ class VllmEngine:
         self._capture = capture
         self._section = rollout
         self._version = PolicyVersion(0, 0)
+        self._capture_s = 0.0
         self._torn: str | None = "the engine was not started"
         self._says_kept_sets = False
         self._numbers = itertools.count()
@@ -64,6 +60,10 @@ class VllmEngine:
     @property
     def version(self) -> PolicyVersion:
         return self._version
+
+    @property
+    def capture_s(self) -> float:
+        return self._capture_s
 
     async def start(self) -> None:
         """Starts vLLM with the policy's starting weights, and the capture in its workers."""
@@ -135,6 +135,7 @@ class VllmEngine:
         outputs = await asyncio.gather(*(self._sample(request, k, key) for k, key in enumerate(keys)))
         lengths = [len(output.token_ids) for output in outputs]
         fetched = (await self._rpc("attune_capture_pop", keys, lengths))[0]
+        self._capture_s = fetched[-1]["capture_s"]
         return [
             self._completion(output, statistics, len(request.prompt_ids))
             for output, statistics in zip(outputs, fetched, strict=True)
@@ -299,11 +300,9 @@ def _start_llm(policy: PolicySection, section: RolloutSection, max_context: int 
 
 
 def _room_for(config: Any, dtype: str, arguments: dict[str, Any]) -> int:
-    """Bytes of a KV cache that holds every sequence at its longest, within CPU_CACHE_BYTES."""
+    """Bytes of a KV cache that holds every sequence at its longest, within bounds."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_hidden_layers * heads * width * (4 if dtype == "float32" else 2)
-    longest = arguments["max_model_len"] or 2048
-    blocks = -(-longest // BLOCK_SIZE_CPU) + 1
-    return min(CPU_CACHE_BYTES, arguments["max_num_seqs"] * blocks * BLOCK_SIZE_CPU * token)
+    return cpu_cache_bytes(token, longest=arguments["max_model_len"], rows=arguments["max_num_seqs"])

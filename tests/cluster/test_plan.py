@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import Config
-from cluster.plan import Node, Part, fitting, nodes_of_ray, parts_of, place
+from cluster.plan import Node, Part, fitting, machines_of_ray, nodes_of_ray, parts_of, place
 from cluster.recipe import resolve
 from services.errors import PlanError, UserError
 
@@ -154,3 +154,35 @@ def test_less_than_the_recipe_allows_is_refused_with_the_whole_plan() -> None:
     config = small_plan(rollout={"actors": 3}, learner={"ranks": 2})  # all, where the recipe says nothing
     with pytest.raises(PlanError):
         fitting(config, [Node("a", 4.2, 0, 0)])
+
+
+def test_ranks_that_are_spread_strictly_share_no_node() -> None:
+    nodes = [Node("a", 8, 0, 0), Node("b", 2, 0, 0)]
+    ranks = Part("learner", 2, 1.0, apart="strict_spread")
+    # The larger part goes first, but not where it takes the place that a rank is bound to.
+    assert place([Part("big", 1, 2.0), ranks], nodes) == {"big": ["a"], "learner": ["a", "b"]}
+    with pytest.raises(PlanError, match=r"learner 3 of 3.*on a node without another of them"):
+        place([Part("learner", 3, 1.0, apart="strict_spread")], nodes)
+    assert place([Part("learner", 3, 1.0, apart="spread")], nodes) == {"learner": ["a", "b", "a"]}
+    assert place([Part("learner", 3, 1.0, apart="pack")], nodes) == {"learner": ["a", "a", "a"]}
+
+
+def test_a_lost_node_leaves_fewer_ranks_where_they_are_spread_strictly() -> None:
+    config = small_plan(cluster={"rollout_cpus": 0.1, "learner_cpus": 1, "learner_placement": "strict_spread"})
+    assert fitting(config, [Node("a", 4, 0, 0), Node("b", 4, 0, 0)])["learner"].count == 2
+    assert fitting(config, [Node("a", 64, 0, 0)])["learner"].count == 1
+
+
+def test_ranks_without_anything_to_reserve_cannot_be_placed() -> None:
+    with pytest.raises(UserError, match=r"learner_placement: pack reserves learner_cpus and learner_gpus"):
+        small_plan(cluster={"learner_cpus": 0, "learner_placement": "pack"})
+
+
+def test_machines_are_counted_by_address_and_nodes_of_one_are_one() -> None:
+    rows = [
+        {"NodeManagerAddress": "10.0.0.1", "Alive": True},
+        {"NodeManagerAddress": "10.0.0.1", "Alive": True},
+        {"NodeManagerAddress": "10.0.0.2", "Alive": False},
+    ]
+    assert machines_of_ray(rows) == 1
+    assert machines_of_ray([*rows, {"NodeManagerAddress": "10.0.0.3", "Alive": True}]) == 2

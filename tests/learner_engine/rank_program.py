@@ -108,6 +108,23 @@ def skipped(job: Job, rank: int) -> dict[str, Any]:
     }
 
 
+def held(job: Job, rank: int) -> dict[str, Any]:
+    """Bytes of what DeepSpeed holds after a step, by what it is; the names are those of `cluster.memory`."""
+    worker = worker_of(job, rank)
+    worker.setup(job["address"], job["port"], None, None)
+    worker.train_on(0, groups_of(job, 0))
+    optimizer: Any = worker.engine._optimizer
+    assert worker._reference is not None
+    moments = [v for state in optimizer.optimizer.state.values() for k, v in state.items() if k.startswith("exp_avg")]
+    return {
+        "parameters, partition": sum(p.ds_tensor.nbytes for p in worker.engine.policy.parameters()),  # type: ignore[attr-defined]
+        "gradients, partition": optimizer.grad_partitions_flat_buffer.nbytes,
+        "float32 master, partition": sum(flat.nbytes for flat in optimizer.fp32_partitioned_groups_flat),
+        "Adam's moments, partition": sum(moment.nbytes for moment in moments),
+        "reference, partition": sum(p.ds_tensor.nbytes for p in worker._reference._engine.module.parameters()),
+    }
+
+
 def sft(job: Job, rank: int) -> dict[str, Any]:
     worker = worker_of(job, rank)
     directory = str(Path(job["directory"]) / "tuned")
@@ -158,6 +175,7 @@ SCENARIOS: dict[str, Callable[[Job, int], dict[str, Any]]] = {
     "skipped": skipped,
     "sft": sft,
     "reward_model": reward_model,
+    "held": held,
 }
 
 
