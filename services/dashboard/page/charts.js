@@ -318,17 +318,21 @@ export function controls(board) {
   const low = h("input", { type: "number", min: "0", placeholder: "first", "aria-label": "From step" });
   const high = h("input", { type: "number", min: "0", placeholder: "last", "aria-label": "To step" });
   const whole = h("button", { type: "button", class: "small", hidden: true, onclick: () => board.zoom(null) }, "whole run");
+  let typed = false; // what stands in the fields is the user's then
   const ranged = () => {
+    typed = true;
     const from = low.value === "" ? 0 : Number(low.value), to = high.value === "" ? board.steps : Number(high.value);
     if (low.value === "" && high.value === "") board.zoom(null);
     else if (to >= from) board.zoom(from, to);
+    typed = false;
   };
-  low.addEventListener("change", ranged);
-  high.addEventListener("change", ranged);
+  for (const input of [low, high]) {
+    input.addEventListener("change", ranged);
+    input.addEventListener("keydown", (event) => { if (event.key === "Enter") ranged(); });
+  }
   const before = board.zoomed;
   board.zoomed = (range) => {
-    low.value = range ? range[0] : "";
-    high.value = range ? range[1] : "";
+    if (!typed) { low.value = range ? range[0] : ""; high.value = range ? range[1] : ""; }
     whole.hidden = !range;
     before?.(range);
   };
