@@ -65,10 +65,14 @@ class Watcher:
         try:
             self.queue.put_nowait(message)
         except asyncio.QueueFull:
-            self.lost = True  # until it has been told
-            while not self.queue.empty():
-                self.queue.get_nowait()
-            self.queue.put_nowait(None)
+            self.give_up()
+
+    def give_up(self) -> None:
+        """What waits for it is dropped; it is told so next."""
+        self.lost = True
+        while not self.queue.empty():
+            self.queue.get_nowait()
+        self.queue.put_nowait(None)
 
 
 class Watched:
@@ -137,6 +141,14 @@ class Watched:
         preview = self._index.preview
         return max(self._index.reached.steps, int(preview[-1]["step"]) + 1 if preview else 0)
 
+    def end(self) -> None:
+        """Lets streams and thread end by themselves; waits for neither."""
+        self._closing.set()
+        with self._lock:
+            watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher.loop.call_soon_threadsafe(watcher.give_up)
+
     def close(self) -> None:
         self._closing.set()
         if self._thread is not None:
@@ -165,6 +177,8 @@ class Watched:
                 except TimeoutError:
                     yield b": alive\n\n"
                     continue
+                if message is None and self._closing.is_set():
+                    return
                 if message is None:
                     yield b"event: reset\ndata: {}\n\n"
                     watcher.lost = False
