@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,7 +14,7 @@ import pytest
 from cluster.config import ClusterSection
 from cluster.ray_dashboard import authentication_mode, check_dashboard
 from cluster.ray_job import JOB, MARGIN_S, STOP_WAIT, check_run_dir, is_job, short_grace, stop_wait_s
-from cluster.ray_runtime import ray_cluster
+from cluster.ray_runtime import ray_cluster, wait_for_head
 from services.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,18 @@ def test_a_job_without_the_address_of_its_cluster_starts_none(monkeypatch: pytes
     assert is_job({JOB: "{}"})
     with pytest.raises(UserError, match="RAY_ADDRESS"), ray_cluster(ClusterSection()):
         pytest.fail("a cluster was started")
+
+
+def test_a_cluster_that_is_not_there_is_said_before_ray_tries_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.ray_runtime.JOIN_S", 1.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"cluster\.address {address}: no Ray cluster answers there within 1 s"):
+            wait_for_head(address)
+        taken.listen()
+        wait_for_head(address)
+    wait_for_head("auto")
 
 
 @pytest.fixture
