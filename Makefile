@@ -32,6 +32,7 @@ quickstart: setup  ## data -> small policy -> fine-tuning -> RL -> evaluation, o
 	$(BIN)/attune quickstart --family $(FAMILY) --run-dir $(RUN_DIR) $(ARGS)
 
 test: setup deploy-tools  ## the test suite, a process a core
+	@bash scripts/system_packages.sh chromium
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup check-chart site  ## style, types, who may import whom, the chart, and the documentation's links
@@ -50,10 +51,12 @@ format: setup  ## write the style that `make check` asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## what is written from the code: docs/configuration-reference.md, docs/openapi/, docs/http-api.md
+docs: setup  ## the pages and dashboards that are written from the code
 	$(BIN)/python scripts/configuration_reference.py
 	$(BIN)/python scripts/openapi.py
 	$(BIN)/python scripts/http_api.py
+	$(BIN)/python scripts/metrics_reference.py
+	$(BIN)/python scripts/grafana.py
 
 site: setup  ## the documentation as a site in build/site; a link that leads nowhere is an error
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/site

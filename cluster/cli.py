@@ -334,6 +334,37 @@ def ledger(
 
 
 @app.command()
+def dashboard(
+    runs: Annotated[Path, typer.Argument(help="A run directory, or a directory of runs.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to bind; another than loopback needs --expose.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8078,
+    expose: Annotated[
+        bool, typer.Option("--expose", help="Others may reach it: prompts and responses go over plain HTTP.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Another name that the page is reached under. Repeatable.")
+    ] = None,
+) -> None:
+    """The run page: what runs do now and what they did, from their files alone. Prints an address with a token."""
+    from services.dashboard.serve import serve
+
+    serve(runs, host=host, port=port, expose=expose, allowed=allow_host or ())
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory, finished or not.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="File to write; by default RUN-report.html beside the run.")] = None,
+) -> None:
+    """One HTML file of a run, to send to somebody: curves, tables, pictures of samples. It needs no script."""
+    from services.dashboard.report import write_report
+
+    file = out or run.resolve().with_name(f"{run.resolve().name}-report.html")
+    size = write_report(run, file)
+    _console().print(f"The report is in {file} ({size / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def schema(out: Annotated[Path | None, typer.Option(help="File to write; by default standard output.")] = None) -> None:
     """The JSON schema of recipes, for editors."""
     from cluster.recipe import json_schema

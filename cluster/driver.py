@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,6 +18,7 @@ from cluster.history import History, begin_incarnation, open_history
 from cluster.janitor import with_janitor
 from cluster.plan import fitting, machines_of_ray, nodes_of_ray
 from cluster.ray_job import check_run_dir, is_job, short_grace
+from cluster.ray_metrics import RayMetrics
 from cluster.ray_runtime import ray_cluster
 from cluster.recipe import save_resolved
 from cluster.restarts import RestartBudget
@@ -64,11 +66,18 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             stop.install()
             fitting(config, nodes_of_ray(ray.nodes()))
             check_reach(config, machines_of_ray(ray.nodes()))
-            telemetry = Telemetry(config.run.trackers, run.path, config.run.name, config.model_dump(mode="json"))
+            telemetry = Telemetry(
+                config.run.trackers,
+                run.path,
+                config.run.name,
+                config.model_dump(mode="json"),
+                others={"ray": partial(RayMetrics, config.run.name, history.run_id)},
+            )
             save_resolved(config, run.config)
             begin_incarnation(run, history)
             budget = RestartBudget(config.cluster.restarts, config.cluster.restart_pause_s)
-            supervisor = Supervisor(ray, run, ledger, budget, config.cluster.progress_s, watch=check_stream)
+            label = f"{config.run.name}.{history.run_id[:6]}.{history.incarnation}"
+            supervisor = Supervisor(ray, label, run, ledger, budget, config.cluster.progress_s, watch=check_stream)
             stack.callback(supervisor.stop)
             training = Training(
                 config, run, history, data, ledger, supervisor, stop, weights_dir, url, telemetry, console

@@ -85,6 +85,7 @@ class Evaluator:
 
         def start() -> Running:
             worker = supervisor.actor(
+                NAME,
                 EvaluationWorker,
                 part,
                 {"OMP_NUM_THREADS": str(config.rollout.threads)},

@@ -124,6 +124,7 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
 def begin_incarnation(run: RunDir, history: History) -> None:
     """Cuts the run directory back to what the run goes on from, and notes that it does."""
     run.cut_back(history.steps_done)
+    run.steps_done = history.steps_done
     for aside in set_aside_after(run.path, history.steps_done):
         log.warning("a checkpoint that the run does not go on from is set aside: %s", aside)
         run.event("checkpoint_set_aside", path=str(aside))

@@ -82,6 +82,7 @@ def start_learners(
         Running(
             f"learner-{rank}",
             supervisor.actor(
+                f"learner-{rank}",
                 LearnerWorker,
                 part,
                 environment,

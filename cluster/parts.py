@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.plan import Part, model_part
+from cluster.ray_metrics import ROLLOUT_COUNTERS, export_counters
 from cluster.reward_actors import RewardActor, ScoringActor
 from cluster.supervise import POLL_S, Kept, Running, Supervisor
 from reward_server.model_actor import ModelActor
@@ -18,6 +19,11 @@ from rollout.worker import RolloutWorker
 from services.errors import Deadline
 
 THIN = {"OMP_NUM_THREADS": "1"}
+
+
+def labels_of(config: Config, run_id: str, actor: str) -> dict[str, str]:
+    """The labels of what an actor exports of itself."""
+    return {"run": config.run.name, "run_id": run_id, "actor": actor}
 
 
 class RewardParts:
@@ -49,6 +55,7 @@ class RewardParts:
 
         def start() -> Running:
             server = supervisor.actor(
+                "reward-server",
                 RewardActor,
                 parts["reward_server"],
                 THIN,
@@ -56,6 +63,7 @@ class RewardParts:
                 token=self._token,
                 models=models,
                 load_s=config.cluster.start_s,
+                labels=labels_of(config, run_id, "reward-server"),
             )
             return Running("reward server", server, up=server.start.remote())
 
@@ -86,6 +94,7 @@ class RewardParts:
 
     def _start_worker(self, name: str) -> Running:
         worker = self._supervisor.actor(
+            name,
             ScoringActor,
             self._part,
             THIN,
@@ -97,6 +106,7 @@ class RewardParts:
             min_ok=self._config.min_ok_samples,
             name=name,
             stream=self._config.stream,
+            labels=labels_of(self._config, self._run_id, name),
         )
         return Running(name, worker, worker.run.remote())
 
@@ -109,8 +119,9 @@ def _model_actors(supervisor: Supervisor, part: Part, spec: ModelSpec, threads: 
     }
     handles: list[Any] = []
     for index in range(part.count):
-        handles.append(supervisor.actor(ModelActor, part, environment, spec))
-        supervisor.others.append(Running(f"{part.name} {index + 1}", handles[-1]))
+        title = f"{part.name} {index + 1}"
+        handles.append(supervisor.actor(title.replace(" ", "-"), ModelActor, part, environment, spec))
+        supervisor.others.append(Running(title, handles[-1]))
     return handles
 
 
@@ -141,8 +152,9 @@ def start_rollouts(
             "owner": owner,
             "seed": config.run.seed,
             "stream": config.stream,
+            "watch": partial(export_counters, names=ROLLOUT_COUNTERS, labels=labels_of(config, run_id, owner)),
         }
-        handle = supervisor.actor(RolloutWorker, part, environment, **arguments)
+        handle = supervisor.actor(owner, RolloutWorker, part, environment, **arguments)
         return Running(owner, handle, handle.run.remote())
 
     supervisor.start_rollouts(part, start, missing=config.rollout.actors - part.count)

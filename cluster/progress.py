@@ -1,10 +1,12 @@
-"""The progress of a run: one live line where there is a terminal, one line a step where there is none."""
+"""The progress of a run: one live line where there is a terminal, else one line a step; and what status.json says."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cluster.status import StatusFile
 
 SHOWN = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -18,8 +20,9 @@ SHOWN = (
 class RunProgress:
     """Shows the state between steps (`phase`) and the figures of each finished step."""
 
-    def __init__(self, console: Console, total: int, done: int) -> None:
+    def __init__(self, console: Console, total: int, done: int, status: StatusFile) -> None:
         self._console = console
+        self._status = status
         self._figures = ""
         self._progress = Progress(
             TextColumn("step"),
@@ -43,6 +46,7 @@ class RunProgress:
 
     def phase(self, text: str) -> None:
         self._progress.update(self._task, phase=text)
+        self._status.phase(text)
 
     def back_to(self, steps: int) -> None:
         """The run goes on from an earlier commit of `steps` steps."""

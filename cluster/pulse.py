@@ -20,6 +20,7 @@ class Pulse:
     reference: Any = None
     asked: float = 0.0
     count: int = -1
+    has_work: bool = False
 
     def ask(self, now: float) -> None:
         """Asks again where no answer is out and the last question is a second old."""
@@ -29,7 +30,7 @@ class Pulse:
 
     def heard(self, answer: tuple[int, bool], now: float) -> None:
         count, has_work = answer
-        self.reference = None
+        self.reference, self.has_work = None, has_work
         if count != self.count or not has_work:
             self.count, self.moved = count, now
 

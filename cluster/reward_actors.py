@@ -3,6 +3,7 @@
 A module of their own: neither needs torch in its process.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 
 from cluster.plan import machines_of_ray
+from cluster.ray_metrics import SCORING_COUNTERS, SERVER_COUNTERS, export_counters
 from reward_server.client import RewardClient
 from reward_server.config import RewardSection
 from reward_server.model_actor import ActorReplica
@@ -29,9 +31,16 @@ class RewardActor(RewardServer):
     """The run's reward server, on loopback; on a cluster of several machines, on the address that the others reach."""
 
     def __init__(
-        self, section: RewardSection, *, token: str, models: Mapping[str, Sequence[Any]], load_s: float
+        self,
+        section: RewardSection,
+        *,
+        token: str,
+        models: Mapping[str, Sequence[Any]],
+        load_s: float,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
-        """`models`: the actors that hold each source's model; `load_s`: deadline for them to load it."""
+        """`models`: the actors that hold each source's model; `load_s`: deadline for them to load it; `labels`: of what
+        it exports of itself by Ray."""
 
         def runners() -> dict[str, ReplicaRunner]:
             import ray
@@ -43,9 +52,15 @@ class RewardActor(RewardServer):
             placed = placed_models(section)
             return start_all({name: partial(started, name) for name in models})
 
+        self._labels = labels
+        self._watching: asyncio.Task[None] | None = None
         super().__init__(section, token=token, host=_host(section), runners=runners)
 
     async def start(self) -> str:
+        if self._labels is not None:
+            self._watching = asyncio.create_task(
+                export_counters(self.counters, names=SERVER_COUNTERS, labels=self._labels)
+            )
         try:
             return await super().start()
         except Exception as error:
@@ -54,6 +69,10 @@ class RewardActor(RewardServer):
             if isinstance(cause, UserError):
                 raise cause from None
             raise
+
+    async def counters(self) -> dict[str, float]:
+        """Seconds so far in which it was busy, as `RewardServer.busy_s`."""
+        return self.busy_s()
 
     async def pulse(self) -> tuple[int, bool]:
         """That it serves: it is asked for its own liveness, as others would ask. Until it does, it has work."""
@@ -78,7 +97,10 @@ class ScoringActor:
         min_ok: int,
         name: str,
         stream: StreamSection,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
+        """`labels`: of what it exports of itself by Ray."""
+        self._labels = labels
         client = RewardClient(url, token, section.worker.timeout_s)
         self._clients = [client]
         self._timeout_s = section.worker.timeout_s
@@ -87,9 +109,16 @@ class ScoringActor:
 
     async def run(self) -> None:
         """Works until `stop`, and closes its connections."""
+        watching = (
+            None
+            if self._labels is None
+            else asyncio.create_task(export_counters(self.counters, names=SCORING_COUNTERS, labels=self._labels))
+        )
         try:
             await self._worker.run()
         finally:
+            if watching is not None:
+                watching.cancel()
             for client in self._clients:
                 await client.close()
 
@@ -105,9 +134,9 @@ class ScoringActor:
         """Groups read and answered, and whether it has some at hand; an outage has a deadline of its own."""
         return self._worker.progress()
 
-    async def counters(self) -> dict[str, int]:
-        """Groups and samples so far, and failures by code."""
-        return dict(self._worker.counters)
+    async def counters(self) -> dict[str, float]:
+        """Groups and samples so far, failures by code, and `busy_s`, seconds with groups at hand."""
+        return {**self._worker.counters, "busy_s": self._worker.busy_s()}
 
 
 def _host(section: RewardSection) -> str:

@@ -23,6 +23,7 @@ class RunDir:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
+        self.status = path / "status.json"
         self.samples = path / "samples"
         self.maps = path / "samples" / "maps"
         self.bad_batches = path / "bad_batches"
@@ -32,6 +33,8 @@ class RunDir:
         self.salience = path / "salience.json"
         self.summary = path / "summary.json"
         self.redis = path / "redis"
+        self.steps_done: int | None = None
+        """As the driver counts them; every event says it."""
         self._lock: IO[str] | None = None
 
     def lock(self) -> None:
@@ -67,8 +70,9 @@ class RunDir:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends to events.jsonl and waits until it is on disk: restarts are counted by it."""
+        at = {} if self.steps_done is None else {"at_step": self.steps_done}
         with self.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), "event": kind, **fields}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"time": time.time(), "event": kind, **at, **fields}, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from cluster.history import History
 from services.records import Group
+from services.stream.account import Account
+from services.vocabulary import STEP
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,10 @@ class Timing:
     publish_s: float
     started: float
 
-    def metrics(
-        self, learner: Mapping[str, float], counters: Sequence[Mapping[str, float]], busy_before: float
-    ) -> dict[str, float]:
-        """`time/*`, `idle/*` and throughput. `counters` are the rollout actors', `busy_before` their busy time (s)
-        when the last step ended."""
+    def metrics(self, learner: Mapping[str, float]) -> dict[str, float]:
+        """`time/*`, the learner's idle share and throughput. `learner`: what the learner says of the step."""
         now = time.monotonic()
         wall = max(now - self.began, 1e-9)
-        busy = sum(counter["busy_s"] for counter in counters)
         return {
             "time_s": now - self.started,
             "time/step_s": wall,
@@ -34,16 +32,26 @@ class Timing:
             "time/train_s": self.trained_at - self.batch_at,
             "time/publish_s": self.publish_s,
             "throughput/tokens_per_s": learner.get("length/response_tokens", 0.0) / wall,
+            "throughput/prompt_tokens_per_s": learner.get("length/prompt_tokens", 0.0) / wall,
             "idle/learner": (self.batch_at - self.began) / wall,
-            "idle/rollouts": max(0.0, 1 - max(0.0, busy - busy_before) / (wall * max(1, len(counters)))),
         }
 
 
-def ledger_metrics(counts: Mapping[str, int], history: History) -> dict[str, float]:
+QUEUES = ("generated", "scored")
+"""States in which a group waits for the next part: their counts are queue depths."""
+
+STREAM_EVENTS = tuple(
+    name.removeprefix("stream/") for metric in STEP.metrics if (name := metric.name or "").startswith("stream/")
+)
+
+
+def ledger_metrics(ledger: Account, history: History) -> dict[str, float]:
+    """`ledger/*` and `queue/*`: groups by state. `stream/*`: what happened to them so far."""
+    counts, events = ledger.counts(), ledger.counters()
     return {
-        "queue/generated": counts.get("generated", 0),
-        "queue/scored": counts.get("scored", 0),
+        **{f"{'queue' if state in QUEUES else 'ledger'}/{state}": count for state, count in counts.items()},
         "ledger/failed": len(history.failed),
+        **{f"stream/{event}": events.get(event, 0) for event in STREAM_EVENTS},
         "incarnation": history.incarnation,
     }
 

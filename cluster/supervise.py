@@ -9,13 +9,13 @@ that refuses the samples) ends the run with its words; so does what dies once to
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.plan import Part
 from cluster.pulse import Pulse
-from cluster.ray_runtime import wait_all
 from cluster.reservation import Reservation
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 POLL_S = 0.05
 END_S = 30.0
 """Seconds for a process that was killed to be gone."""
+
+COUNTERS_S = 2.0
+"""Seconds for the parts to say their counters; the line of a step waits no longer for them."""
 
 SAID_ON_PURPOSE = (UserError, ScoringOutage, ScoringRefused)
 """What a part ends with that ends the run: another try says the same."""
@@ -90,10 +93,12 @@ class Kept:
 class Supervisor:
     """Holds every actor of a run. `check` is called between two waits of the driver.
 
-    `progress_s` is the longest that a part with work may stand still.
+    `label` is the run's in the names of its actors, other than that of any run in the same namespace; `progress_s` is
+    the longest that a part with work may stand still.
     """
 
     ray: Any
+    label: str
     run_dir: RunDir
     ledger: Ledger
     budget: RestartBudget
@@ -108,9 +113,11 @@ class Supervisor:
     watch: Callable[[], None] | None = None
     """Called at each `check`: raises where what is no actor (Redis) has gone for good."""
     _rollouts_ever: int = 0
+    _titles: Counter[str] = field(default_factory=Counter[str])
 
     def actor(
         self,
+        title: str,
         cls: type,
         part: Part,
         env: Mapping[str, str],
@@ -120,10 +127,14 @@ class Supervisor:
     ) -> Any:
         """A Ray actor of a plain class. Ray starts again only what has no state: nothing comes back without its own.
 
-        `within`: the options that put it into a reservation.
+        Its name in Ray's lists is RUN/`title`, with a number from the second start of a title on: a name is free again
+        only some time after its actor has died. `within`: the options that put it into a reservation.
         """
+        self._titles[title] += 1
+        started = self._titles[title]
         options: dict[str, Any] = {
             **part.options(),
+            "name": f"{self.label}/{title}" + (f"#{started}" if started > 1 else ""),
             "runtime_env": {"env_vars": dict(env)},
             "max_restarts": part.restarts,
             **(within or {}),
@@ -329,20 +340,24 @@ class Supervisor:
                 raise Deadline(waited_for=what, who=", ".join(late), seconds=seconds)
         return self.ray.get(list(references))
 
-    def rollout_counters(self) -> list[dict[str, float]]:
-        """The counters of the rollout actors that answer within a second; watching never stops the run."""
-        rollouts = self.rollouts
+    def counters(self) -> dict[str, dict[str, dict[str, float]]]:
+        """By kind and name, the counters of the parts that answer within `COUNTERS_S`; watching never stops the run."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
         try:
-            return wait_all(
-                self.ray,
-                [part.handle.counters.remote() for part in rollouts],
-                seconds=5.0,
-                what="counters",
-                who=[part.name for part in rollouts],
-            )
+            asked = {
+                part.handle.counters.remote(): (kept.kind, part.name)
+                for kept in self.kept
+                if (part := kept.now) is not None and part.pulse.beats  # else its process is coming up
+            }
+            done, late = self.ray.wait(list(asked), num_returns=len(asked), timeout=COUNTERS_S) if asked else ([], [])
+            for reference in done:
+                kind, name = asked[reference]
+                found.setdefault(kind, {})[name] = self.ray.get(reference)
+            if late:
+                log.warning("no counters from %s", ", ".join(asked[reference][1] for reference in late))
         except Exception as error:  # invariant 10
-            log.warning("rollout counters are missing: %s", error)
-            return []
+            log.warning("counters are missing: %s", error)
+        return found
 
     # Ending
 

@@ -23,8 +23,10 @@ from rich.console import Console
 
 from cluster.batches import Batches
 from cluster.config import Config
+from cluster.distributions import failure_metrics, histograms
 from cluster.evaluator import NAME as EVALUATOR
 from cluster.evaluator import Evaluator
+from cluster.flow import Flow
 from cluster.history import History, begin_incarnation, open_history
 from cluster.learners import start_learners
 from cluster.parts import RewardParts, start_rollouts, wait_for_rollouts
@@ -33,6 +35,7 @@ from cluster.progress import RunProgress
 from cluster.room import plan_with_room, room_for_learner
 from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
+from cluster.status import StatusFile
 from cluster.step_record import Timing, ledger_metrics, reward_revisions, silent_sources
 from cluster.summary import write_summary
 from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Supervisor
@@ -49,6 +52,7 @@ from learner.commit import (
     needed_bytes,
     prune_checkpoints,
 )
+from reward_server.placement import placed_models
 from services.records import PolicyVersion
 from services.stream.ledger import Ledger
 from services.telemetry import Telemetry
@@ -115,11 +119,15 @@ class Training:
         self.rounds: WeightRounds | None = None
         """The transfers of `cluster.weights: collective`; None where weights go by files."""
         self.last_commit_s = 0.0
-        self._busy_before = 0.0
+        placed = {} if config.reward.worker.url else placed_models(config.reward)
+        self._flow = Flow({name: source.replicas for name, source in placed.items()})
+        self._commit_s: dict[str, float] = {}
         self._silent: set[str] = set()
 
     def run_to_the_end(self) -> Outcome:
-        with RunProgress(self.console, self.batches.feed.total_steps, self.history.steps_done) as self.progress:
+        total = self.batches.feed.total_steps
+        self.status = StatusFile(self.run, total)
+        with RunProgress(self.console, total, self.history.steps_done, self.status) as self.progress:
             try:
                 while True:
                     try:
@@ -139,6 +147,7 @@ class Training:
         outcome = Outcome(
             stopped, self.history.steps_done, self.history.committed_steps, round(time.monotonic() - self.started, 3)
         )
+        self.status.end("stopped" if stopped else "finished")
         self.run.event(
             "stopped" if stopped else "finished", signal=stopped, steps=outcome.steps, committed=outcome.committed_steps
         )
@@ -165,6 +174,7 @@ class Training:
         wait_for_rollouts(self.supervisor, self.config.cluster.start_s, self._tick)
         if self.config.cluster.weights == "collective":
             self.rounds = WeightRounds(self.supervisor, self.learners, self.ledger, self.run, self.config)
+        self._flow.begin()
         self._open_gate(self.history.steps_done)
         if self.evaluator is None and self.config.evaluation.every:
             self.evaluator = Evaluator(self.supervisor, parts["evaluator"], self.config, self.data, self._tick)
@@ -334,13 +344,16 @@ class Training:
     ) -> None:
         fetched = self.batches.under_way(step)
         timing = Timing(began, batch_at, trained_at, publish_s, self.started)
-        counters = self.supervisor.rollout_counters()
+        counted = histograms(fetched, step)
         metrics: dict[str, float] = {
             **result["metrics"],
-            **timing.metrics(result["metrics"], counters, self._busy_before),
-            **ledger_metrics(self.ledger.counts(), self.history),
+            **timing.metrics(result["metrics"]),
+            **self._commit_s,
+            **self._flow.metrics(self.supervisor.counters()),
+            **ledger_metrics(self.ledger, self.history),
+            **failure_metrics(fetched, self.history.failed),
         }
-        self._busy_before = sum(counter["busy_s"] for counter in counters)
+        self._commit_s = {}
         self.run.write_samples(step, fetched, result["samples"])
         revisions = reward_revisions(fetched)
         if self.history.note_revisions(step, revisions):
@@ -348,8 +361,10 @@ class Training:
         self._note_silent(step, silent_sources(fetched))
         if self.evaluator is not None and (step + 1) % self.config.evaluation.every == 0:
             metrics |= self._evaluate(step)
-        self.run.write_metrics(step, {**metrics, "reward/revisions": revisions})
-        self.telemetry.write(step, metrics)
+        lists = {name: each.counts for name, each in counted.items()}
+        self.run.write_metrics(step, {**metrics, **lists, "reward/revisions": revisions})
+        self.telemetry.write(step, metrics, counted)
+        self.run.steps_done = step + 1
         self.progress.step(step, metrics)
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -412,6 +427,7 @@ class Training:
         best = self.history.best.get("step") if self.config.checkpoint.keep_best else None
         prune_checkpoints(self.run.path, self.config.checkpoint.keep, None if best is None else int(best) + 1)
         self.last_commit_s = time.monotonic() - began
+        self._commit_s = {"time/commit_s": self.last_commit_s}
         self.run.event("committed", step=steps)
 
     def _commit_in_grace(self) -> None:
@@ -444,4 +460,5 @@ class Training:
 
     def _tick(self) -> None:
         self.stop.check()
+        self.status.beat(self.supervisor)
         self.batches.look()

@@ -6,6 +6,7 @@ invariant 5 applies.
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,13 +51,14 @@ def reward_metrics(batch: Batch) -> dict[str, float]:
 
 
 def length_metrics(batch: Batch) -> dict[str, float]:
-    """`length/*`, response tokens."""
+    """`length/*`, tokens: of responses, where a key does not say prompt."""
     lengths = [len(item.response_ids) for item in batch.tokens]
     return {
         "length/mean": _mean(lengths),
         "length/min": float(min(lengths)),
         "length/max": float(max(lengths)),
         "length/response_tokens": float(sum(lengths)),
+        "length/prompt_tokens": float(sum(len(item.prompt_ids) for item in batch.tokens)),
         "length/prompt_mean": _mean([len(item.prompt_ids) for item in batch.tokens]),
         "length/truncated_share": float(batch.truncated.float().mean()),
     }
@@ -109,14 +111,16 @@ def advantage_metrics(batch: Batch, advantages: Advantages, values: Tensor | Non
 
 def sample_figures(
     batch: Batch, advantages: Advantages, reference: Tensor, values: Tensor | None
-) -> dict[str, dict[str, float]]:
-    """What the sample log says of each sample beside its record, by sample id."""
-    kl = torch.where(batch.mask, k1(batch.behaviour, reference), 0.0).sum(1)
+) -> dict[str, dict[str, Any]]:
+    """What the sample log says of each sample beside its record, by sample id; `kl_tokens` one a response token."""
+    by_token = k1(batch.behaviour, reference)
+    kl = torch.where(batch.mask, by_token, 0.0).sum(1)
     counts = advantages.loss_mask.sum(1).clamp(min=1)
     mean = advantages.advantages.sum(1) / counts
     return {
         sample.sample_id: {
             "kl_reference": float(kl[row]),
+            "kl_tokens": [float(f"{value:.5g}") for value in by_token[row][batch.mask[row]].tolist()],
             "advantage": float(mean[row]),
             **({} if values is None else {"value": float(values[row, 0])}),
         }

@@ -90,7 +90,7 @@ class StepResult:
     """
 
     metrics: dict[str, float]
-    samples: dict[str, dict[str, float]]
+    samples: dict[str, dict[str, Any]]
     state: TrainerState
     bad: str | None = None
 

@@ -54,7 +54,8 @@ class Admission:
             self._metrics.waited(time.perf_counter() - started)
         self._metrics.scoring.inc()
         try:
-            yield
+            with self._metrics.busy_scoring:
+                yield
         finally:
             self._metrics.scoring.dec()
             self._slots.release()

@@ -43,11 +43,12 @@ def create_app(
     scorers: Mapping[str, Scorer] | None = None,
     runners: Mapping[str, ModelRunner] | None = None,
     tells_id: bool = True,
+    metrics: Metrics | None = None,
 ) -> FastAPI:
     """The app of a recipe. Without `token` and `keys_file` no route asks for a key. `scorers` replaces sources' own
     scorers, `runners` their models, by the source's name. `tells_id` false: the proxy in front adds X-Request-Id to
-    answers. Raises UserError for a keys file that is none."""
-    metrics = Metrics()
+    answers. `metrics` where the caller reads them too. Raises UserError for a keys file that is none."""
+    metrics = metrics or Metrics()
     keys = KeyRing(section.keys_file, token)
     service = ScoringService(section, metrics, scorers, runners=runners)
     answering = Answering(section, service, metrics)

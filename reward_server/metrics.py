@@ -5,12 +5,13 @@ from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from reward_server.busy import BusyTime
 from reward_server.schema import Component, Result
+from services.vocabulary import REWARD_BOUNDS
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SPREAD_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
-SCORE_BUCKETS = (-10, -5, -2, -1, -0.5, -0.2, -0.1, 0, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 class Metrics:
@@ -18,6 +19,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.busy_scoring = BusyTime()
+        """With any request being scored. For a run's idle shares; Prometheus has the requests' own seconds."""
+        self.busy_models: dict[str, BusyTime] = {}
+        """With batches of a source's model, by the source's name."""
         self._requests = Counter(
             "attune_reward_requests", "Requests by route and status.", ["route", "status"], registry=self.registry
         )
@@ -34,7 +39,7 @@ class Metrics:
         )  # fmt: skip
         self._scores = Histogram(
             "attune_reward_score", "Values of ok components.", ["source"],
-            buckets=SCORE_BUCKETS, registry=self.registry,
+            buckets=REWARD_BOUNDS, registry=self.registry,
         )  # fmt: skip
         self._failures = Counter(
             "attune_reward_failures", "Failed components by code.", ["source", "code"], registry=self.registry
@@ -110,6 +115,7 @@ class Metrics:
     def replicas(self, name: str, living: Callable[[], int]) -> None:
         """`living` is asked whenever the metrics are."""
         self._replicas.labels(name).set_function(living)
+        self.busy_models[name] = BusyTime()
 
     def batch(self, name: str, rows: int, seconds: float) -> None:
         """What a source's model ran at once."""

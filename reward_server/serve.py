@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from reward_server.app import create_app
 from reward_server.config import RewardSection
 from reward_server.logs import configure
+from reward_server.metrics import Metrics
 from reward_server.model_process import model_processes
 from reward_server.replicas import ReplicaRunner
 from reward_server.scorers.base import Scorer
@@ -106,6 +107,7 @@ class RewardServer:
         self._scorers = scorers
         self._runners = runners or (lambda: model_processes(self.section, without=scorers or ()))
         self._running: Mapping[str, ReplicaRunner] = {}
+        self._metrics = Metrics()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._url: str | None = None
@@ -156,7 +158,10 @@ class RewardServer:
 
     def _app(self) -> FastAPI:
         self._running = self._runners()
-        return create_app(self.section, token=self._token, scorers=self._scorers, runners=self._running)
+        self._metrics = Metrics()
+        return create_app(
+            self.section, token=self._token, scorers=self._scorers, runners=self._running, metrics=self._metrics
+        )
 
     def _close_models(self) -> None:
         for runner in self._running.values():
@@ -175,6 +180,12 @@ class RewardServer:
             raise Deadline(waited_for="the reward server to stop", who="uvicorn", seconds=seconds)
         await asyncio.to_thread(self._close_models)
         self._server, self._thread, self._url = None, None, None
+
+    def busy_s(self) -> dict[str, float]:
+        """Seconds so far: `server`, with any request being scored; `model/SOURCE`, of the batches of a source's model,
+        those of several replicas added up."""
+        models = {f"model/{name}": busy.work_s() for name, busy in self._metrics.busy_models.items()}
+        return {"server": self._metrics.busy_scoring.busy_s(), **models}
 
     def alive(self) -> bool:
         """Whether the serving thread runs."""

@@ -30,6 +30,7 @@ class WatchedRunner:
 
     def run(self, rows: Sequence[Row]) -> list[Output]:
         began = time.perf_counter()
-        outputs = self._runner.run(rows)
+        with self._metrics.busy_models[self._name]:
+            outputs = self._runner.run(rows)
         self._metrics.batch(self._name, len(rows), time.perf_counter() - began)
         return outputs

@@ -67,6 +67,8 @@ class ScoringWorker:
         self._failing_since: float | None = None
         self._stop = asyncio.Event()
         self._at_hand = 0
+        self._at_hand_since = 0.0
+        self._busy_s = 0.0
         self._steps = 0
         self.counters: Counter[str] = Counter()
         """groups_scored, groups_late, groups_failed, samples_ok, samples_failed, failed/CODE."""
@@ -89,12 +91,16 @@ class ScoringWorker:
         """How often it got through what it had read, and whether it has groups at hand."""
         return self._steps, self._at_hand > 0
 
+    def busy_s(self) -> float:
+        """Seconds so far in which it had groups at hand, those of now among them."""
+        return self._busy_s + (time.monotonic() - self._at_hand_since if self._at_hand else 0.0)
+
     async def step(self) -> int:
         """Reads once, scores and writes what came: the number of groups."""
         try:
             return await self._step()
         finally:
-            self._at_hand = 0
+            self._busy_s, self._at_hand = self.busy_s(), 0
             self._steps += 1
 
     async def _step(self) -> int:
@@ -102,7 +108,7 @@ class ScoringWorker:
         entries = await asyncio.to_thread(
             self._ledger.read_generated, self._consumer, section.groups, section.block_ms, section.min_idle_ms
         )
-        self._at_hand = len(entries)
+        self._at_hand, self._at_hand_since = len(entries), time.monotonic()
         if not entries:
             return 0
         items = [item for _, group in entries for item in group_items(group)]

@@ -10,7 +10,7 @@ failure of infrastructure, ends the actor, and the lease passes to another.
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rollout.config import RolloutSection
 from rollout.engine import Engine
@@ -30,12 +30,16 @@ DATA_BUDGET = 0
 
 @dataclass
 class RolloutCounters:
-    """What an actor did so far; `busy_s` is time in the engine (s), generating or loading weights."""
+    """What an actor did so far. Times are seconds: `busy_s` in the engine, generating or loading weights; `load_s`
+    loading weights; `capture_s` taking attention. `tokens` of responses; `prompt_tokens` once a group."""
 
     groups: int = 0
     samples: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0
     busy_s: float = 0.0
+    load_s: float = 0.0
+    capture_s: float = 0.0
     renewed: int = 0
     loads: int = 0
 
@@ -111,11 +115,18 @@ class RolloutLoop:
         """Groups generated and sets of weights loaded, and whether the engine has work."""
         return self.counters.groups + self.counters.loads, self._in_engine > 0
 
+    def figures(self) -> RolloutCounters:
+        """The counters as of now: an engine that has not come to rest since is counted up to this moment."""
+        since = time.monotonic() - self._busy_since if self._in_engine else 0.0
+        counters = self.counters
+        return replace(counters, busy_s=counters.busy_s + since, capture_s=self._engine.capture_s)
+
     async def _load(self, answer: LoadWeights) -> bool:
         """False where there is nothing to load yet: the offer is not for this actor, or its transfer broke off."""
         if is_offer(answer.path) and (answer.path == self._broken or not read_offer(answer.path).lists(self._owner)):
             return False
         self._enter_engine()
+        began = time.monotonic()
         try:
             self._loaded = await self._engine.load_weights(answer.path, self._owner)
         except Broken as error:
@@ -131,6 +142,7 @@ class RolloutLoop:
             # Removed while it was being read, because a newer version was published: the next lease names that one.
         finally:
             self._leave_engine()
+            self.counters.load_s += time.monotonic() - began
         self.counters.loads += 1
         return True
 
@@ -149,6 +161,7 @@ class RolloutLoop:
         await asyncio.to_thread(self._ledger.put_generated, group)
         self.counters.groups += 1
         self.counters.samples += len(group.samples)
+        self.counters.prompt_tokens += len(group.samples[0].prompt_ids)
         self.counters.tokens += sum(len(sample.response_ids) for sample in group.samples)
 
     async def _generate(self, lease: Lease) -> Group:

@@ -99,6 +99,11 @@ class Engine(Protocol):
     @property
     def version(self) -> PolicyVersion: ...
 
+    @property
+    def capture_s(self) -> float:
+        """Seconds that taking attention took so far; on a GPU, what the host spent on it."""
+        ...
+
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
         """Completions of each request, in order. A request's result does not depend on the others'."""
         ...

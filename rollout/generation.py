@@ -15,7 +15,7 @@ from torch import Tensor
 from rollout.engine import AttentionRows, Completion, GenerationRequest, KeySets
 from rollout.policy_runner import PaddedPrompts, Runner, pad_prompts
 from rollout.sampling import SamplingRows, draw, sampling_rows, truncates
-from services.attention.capture import reduce_rows
+from services.attention.capture import Recorder, reduce_rows
 from services.records import FinishReason, PolicyVersion
 
 _COMPACT_BELOW = 0.75
@@ -126,7 +126,7 @@ def generate_batch(
     written = _empty(len(rows), int(limits.max()), prompts.ids.shape[1], keep_maps, device)
     ends = torch.tensor(sorted(eos_ids), device=device)
     for t in range(int(limits.max())):
-        tokens = _write_step(written, live, t, logits, attention, ends)
+        tokens = _write_step(written, live, t, logits, attention, ends, runner.recorder)
         left = int((~live.ended).sum())
         if left == 0:
             break
@@ -160,7 +160,9 @@ def _empty(count: int, longest: int, width: int, keep_maps: Sequence[int], devic
     )
 
 
-def _write_step(written: _Written, live: _Live, t: int, logits: Tensor, attention: Tensor, ends: Tensor) -> Tensor:
+def _write_step(
+    written: _Written, live: _Live, t: int, logits: Tensor, attention: Tensor, ends: Tensor, recorder: Recorder
+) -> Tensor:
     """Draws token t of each live row, writes it with its row's statistics, notes what has ended. Returns the tokens.
 
     A row that has ended is still computed until it is dropped; what it writes lies beyond its length.
@@ -168,7 +170,8 @@ def _write_step(written: _Written, live: _Live, t: int, logits: Tensor, attentio
     drawn = draw(logits, live.uniforms[:, t], live.settings)
     written.tokens[live.rows, t] = drawn.tokens
     written.logprobs[live.rows, t] = drawn.logprobs
-    written.statistics[live.rows, t] = reduce_rows(attention.unsqueeze(1), live.content, live.salient).squeeze(1)
+    with recorder.time:
+        written.statistics[live.rows, t] = reduce_rows(attention.unsqueeze(1), live.content, live.salient).squeeze(1)
     if drawn.kept is not None:
         written.sampling_logprobs[live.rows, t] = drawn.sampling_logprobs
         which, ids = drawn.kept[live.settings.truncates].nonzero(as_tuple=True)

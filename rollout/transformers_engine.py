@@ -77,6 +77,10 @@ class TransformersEngine:
     def version(self) -> PolicyVersion:
         return self._version
 
+    @property
+    def capture_s(self) -> float:
+        return self._runner.recorder.time.seconds
+
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
         """Completions of each request, in order.
 

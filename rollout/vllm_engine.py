@@ -50,6 +50,7 @@ class VllmEngine:
         self._capture = capture
         self._section = rollout
         self._version = PolicyVersion(0, 0)
+        self._capture_s = 0.0
         self._torn: str | None = "the engine was not started"
         self._says_kept_sets = False
         self._numbers = itertools.count()
@@ -59,6 +60,10 @@ class VllmEngine:
     @property
     def version(self) -> PolicyVersion:
         return self._version
+
+    @property
+    def capture_s(self) -> float:
+        return self._capture_s
 
     async def start(self) -> None:
         """Starts vLLM with the policy's starting weights, and the capture in its workers."""
@@ -130,6 +135,7 @@ class VllmEngine:
         outputs = await asyncio.gather(*(self._sample(request, k, key) for k, key in enumerate(keys)))
         lengths = [len(output.token_ids) for output in outputs]
         fetched = (await self._rpc("attune_capture_pop", keys, lengths))[0]
+        self._capture_s = fetched[-1]["capture_s"]
         return [
             self._completion(output, statistics, len(request.prompt_ids))
             for output, statistics in zip(outputs, fetched, strict=True)

@@ -1,10 +1,11 @@
 """What a rollout actor's process holds: an engine, a connection to the ledger, and the loop between them."""
 
 import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
 from typing import Any
 
-from rollout.actor import RolloutLoop
+from rollout.actor import RolloutCounters, RolloutLoop
 from rollout.config import RolloutSection
 from rollout.engine import Engine, Oracle
 from rollout.prepare import Preparation
@@ -77,7 +78,9 @@ class RolloutWorker:
         owner: str,
         seed: int,
         stream: StreamSection,
+        watch: Callable[[Callable[[], Awaitable[dict[str, Any]]]], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
+        """`watch` runs beside the loop, and is given what reads the counters."""
         fitted = None if idf is None else Idf.from_json(idf)
         ledger = open_ledger(stream_url, run_id, stream)
         preparation = Preparation(build_renderer(policy, data, rollout.max_tokens), salience, fitted)
@@ -88,19 +91,29 @@ class RolloutWorker:
             return RolloutLoop(engine, ledger, preparation, rollout, owner=owner, seed=seed)
 
         self._build = build
+        self._watch = watch
 
     async def ready(self) -> None:
         """Returns once the engine is built."""
         await self._built()
 
     async def run(self) -> None:
-        await (await self._built()).run()
+        loop = await self._built()
+        watching = None if self._watch is None else asyncio.create_task(self._watch(self.counters))
+        try:
+            await loop.run()
+        finally:
+            if watching is not None:
+                watching.cancel()
 
     async def stop(self) -> None:
         (await self._built()).stop()
 
     async def counters(self) -> dict[str, Any]:
-        return asdict((await self._built()).counters)
+        """`RolloutCounters` as of now; all 0 while the engine is being built."""
+        if self._building is None or not self._building.done():
+            return asdict(RolloutCounters())
+        return asdict(self._building.result().figures())
 
     async def pulse(self) -> tuple[int, bool]:
         """What it has done so far, growing; and whether it has work, of which building the engine is a part."""

@@ -17,6 +17,7 @@ from rollout.vllm_capture.attend import attend, statistics
 from rollout.vllm_capture.buffers import LayerShape, Slots
 from rollout.vllm_capture.request import CaptureRequest
 from rollout.vllm_capture.steps import Ints, Rows, rows_of_step, tokens_of_step
+from services.stopwatch import Stopwatch, timed
 
 UNCLAIMED = 4
 """Finished requests whose statistics nobody fetched (their client went away): kept for this many full batches."""
@@ -132,6 +133,8 @@ class Capture:
         self._drawing: dict[int, tuple[_Held, int]] = {}
         self.preempted = 0
         """Requests that came back into the batch with rows written before."""
+        self.time = Stopwatch()
+        """What all of this takes."""
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -157,6 +160,7 @@ class Capture:
         while len(self._unclaimed) > self._most_unclaimed:
             self._by_key.pop(self._unclaimed.popitem(last=False)[0])
 
+    @timed
     def begin(
         self, entry: Callable[[int], BatchEntry], ids: list[str], computed: Ints, scheduled: Ints, committed: Ints
     ) -> None:
@@ -200,6 +204,7 @@ class Capture:
             width,
         )
 
+    @timed
     def attend_layer(self, name: str, query: Tensor, keys: Tensor, slot_mapping: Tensor) -> None:
         """A captured layer runs: query [tokens, H, D], keys [tokens, Hkv, D] (after the positional embedding),
         slot_mapping [tokens], where the cache puts each key."""
@@ -228,12 +233,14 @@ class Capture:
         """Whether a request of the step under way asked for its kept sets."""
         return bool(self._drawing)
 
+    @timed
     def keep_sets(self, kept: Tensor, log_mass: Tensor) -> None:
         """The step drew its tokens: kept [requests, V] bool, log_mass [requests], in the order given to `begin`."""
         for row, (held, token) in self._drawing.items():
             ids = torch.nonzero(kept[row]).squeeze(-1).to(torch.int32).numpy()
             held.kept[token] = KeptSet(ids, float(log_mass[row]))
 
+    @timed
     def pop(self, keys: Sequence[str], tokens: Sequence[int]) -> list[Fetched]:
         """Statistics of requests by key, trimmed to their tokens; each can be fetched once.
 

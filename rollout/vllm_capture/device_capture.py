@@ -20,6 +20,7 @@ from rollout.vllm_capture.placed_rows import StepTensors, no_rows, place_rows
 from rollout.vllm_capture.request import CaptureRequest
 from rollout.vllm_capture.steps import Ints
 from rollout.vllm_capture.triton_kernels import RowTensors, SlotTensors, accumulate_rows, reduce_rows, workspace
+from services.stopwatch import Stopwatch, timed
 
 _MOST_SPLITS = 16
 _KEYS_A_SPLIT = 64
@@ -93,6 +94,8 @@ class DeviceCapture:
         self._dense: list[tuple[int, _Held]] = []
         self.preempted = 0
         """Requests that came back into the batch with rows written before."""
+        self.time = Stopwatch()
+        """What the host spends on it between launches: they are replayed from graphs, which it cannot time."""
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -150,6 +153,7 @@ class DeviceCapture:
         while len(self._unclaimed) > self._most_unclaimed:
             self._by_key.pop(self._unclaimed.popitem(last=False)[0])
 
+    @timed
     def place(self, step: StepTensors, slots: Ints, lengths: Ints) -> None:
         """A step is about to run; slots, lengths [N]: its requests on this side, and the most their contexts can be."""
         place_rows(self._placed, step, self._prompt)
@@ -185,6 +189,7 @@ class DeviceCapture:
             sums.copy_(self._reduce(sums.contiguous()))
         reduce_rows(self._space, rows, slots, self._total)
 
+    @timed
     def keep_dense(self) -> None:
         """The step has run: its rows A[t, :] of requests that asked for them are taken over."""
         per, rows = self._placed.per_request, self._placed.rows
@@ -196,6 +201,7 @@ class DeviceCapture:
             held.dense.index_copy_(0, at.long(), self._space.rows[span, : held.prompt] / self._total)
         self._dense = []
 
+    @timed
     def pop(self, keys: Sequence[str], tokens: Sequence[int]) -> list[Fetched]:
         """Statistics of requests by key, trimmed to their tokens; each can be fetched once. Waits for the device.
 

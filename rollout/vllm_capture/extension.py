@@ -66,14 +66,17 @@ class CaptureExtension:
 
     def attune_capture_pop(self, keys: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
         """Statistics of many finished requests: float32 bytes of [T, 4], of dense rows [T, P] or None; `kept` (or None)
-        as {"ids": int32 bytes of all sets in a row, "sizes": int32 bytes [T], "log_mass": float32 bytes [T]}."""
+        as {"ids": int32 bytes of all sets in a row, "sizes": int32 bytes [T], "log_mass": float32 bytes [T]};
+        `capture_s`, the time (s) that capturing took this worker so far, the same in all."""
+        popped = self._attune_capture.pop(keys, tokens)
         return [
             {
                 "statistics": fetched.statistics.tobytes(),
                 "dense": None if fetched.dense is None else fetched.dense.tobytes(),
                 "kept": None if fetched.kept is None else _packed(fetched.kept),
+                "capture_s": self._attune_capture.time.seconds,
             }
-            for fetched in self._attune_capture.pop(keys, tokens)
+            for fetched in popped
         ]
 
     def attune_capture_report(self) -> dict[str, int]:

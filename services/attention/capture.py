@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from services.attention.config import CapturedLayers
+from services.stopwatch import Stopwatch
 
 CAPTURE = "attune_capture"
 _TAP = "_attune_tap"
@@ -53,6 +54,8 @@ class Recorder:
         self._sum: Tensor | None = None
         self._seen = 0
         self.rows: int | Tensor | None = None
+        self.time = Stopwatch()
+        """What taking rows takes, beyond attention itself."""
 
     def add(self, rows: Tensor) -> None:
         self._sum = rows if self._sum is None else self._sum + rows
@@ -163,16 +166,17 @@ def _attention(
     if query.shape[2] == 1:
         # While decoding the row is all there is, and the output comes from it: no second pass over the keys.
         weights = _softmax(query, key, attention_mask, bias, scale)
-        tap.recorder.add(_average(weights, tap.weights))
+        with tap.recorder.time:
+            tap.recorder.add(_average(weights, tap.weights))
         return _mix(weights, value).transpose(1, 2), None
-    rows = tap.recorder.rows
-    index = _query_index(rows, query)
-    mask = _rows_of(attention_mask, index)
-    if attention_mask is None and _causal(module, kwargs):
-        positions = torch.arange(key.shape[2], device=key.device)
-        mask = positions <= index[:, None, :, None]
-    weights = _softmax(_rows_of(query, index), key, mask, _rows_of(bias, index), scale)
-    tap.recorder.add(_average(weights, tap.weights))
+    with tap.recorder.time:
+        index = _query_index(tap.recorder.rows, query)
+        mask = _rows_of(attention_mask, index)
+        if attention_mask is None and _causal(module, kwargs):
+            positions = torch.arange(key.shape[2], device=key.device)
+            mask = positions <= index[:, None, :, None]
+        weights = _softmax(_rows_of(query, index), key, mask, _rows_of(bias, index), scale)
+        tap.recorder.add(_average(weights, tap.weights))
     return _sdpa_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 

@@ -31,6 +31,10 @@ class BigramEngine:
     def version(self) -> PolicyVersion:
         return PolicyVersion(1, 0)
 
+    @property
+    def capture_s(self) -> float:
+        return 0.0
+
     def _log_probabilities(self, token: int, temperature: float) -> np.ndarray:
         logits = self._logits[token] / (temperature or 1.0)
         return logits - math.log(np.exp(logits).sum())

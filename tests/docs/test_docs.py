@@ -84,8 +84,8 @@ def test_reward_recipes_resolve(recipe: Path):
     assert load_reward_section(recipe, []).sources
 
 
-@pytest.mark.parametrize("script", ["configuration_reference.py", "http_api.py"])
-def test_a_page_that_is_written_from_the_code_is_what_the_code_says(script: str):
+@pytest.mark.parametrize("script", ["configuration_reference.py", "http_api.py", "metrics_reference.py", "grafana.py"])
+def test_what_is_written_from_the_code_is_what_the_code_says(script: str):
     command = [sys.executable, f"scripts/{script}", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -200,7 +200,10 @@ def test_a_group_is_what_its_lease_its_version_and_its_seed_say(
         assert len({sample.response_ids for sample in group.samples}) > 1
     assert (loop.counters.groups, loop.counters.samples) == (3, 9)
     assert loop.counters.tokens == sum(len(sample.response_ids) for group in found for sample in group.samples)
-    assert loop.counters.busy_s > 0
+    assert loop.counters.prompt_tokens == sum(len(group.samples[0].prompt_ids) for group in found)
+    figures = loop.figures()
+    assert figures.busy_s == loop.counters.busy_s > figures.load_s > 0
+    assert 0 < figures.capture_s < figures.busy_s
 
 
 def test_another_actor_at_another_attempt_generates_the_same_and_another_step_does_not(

@@ -616,7 +616,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
 def check(tmp_path: Path, desk_type: Any, examples: int, steps: int) -> None:
     """On a server of its own: it is killed."""
     with EmbeddedRedis(tmp_path / "redis", "always") as server:
-        client = connect(server.url)
+        client = connect(server.url, socket_timeout_s=120.0)  # asked twice, where a disk is busy, is another example
         run_state_machine_as_test(
             machine(server, client, desk_type),
             settings=settings(

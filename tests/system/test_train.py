@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from learner.commit import latest_committed
+from services.vocabulary import STEP
 
 Attune = Callable[..., tuple[int, str]]
 Recipe = Callable[..., Path]
@@ -44,6 +45,24 @@ def test_a_run_leaves_what_the_contract_says(attune: Attune, recipe: Recipe, tmp
     assert len(groups) == len(set(groups)) == config_prompts(run, manifest)
     assert manifest["step"] == len(metrics)
     assert [len(step) for step in manifest["steps"].values()][:-1] == [4] * (len(metrics) - 1)
+
+    # Every key has its entry in the vocabulary, and what it says of when a key is there holds.
+    conditions = {"always", "always, not a number", "trained", "value function", "attention source", "drift watched",
+                  "own reward server", "a source scored"}  # fmt: skip
+    for row in metrics:
+        assert not [key for key in row if STEP.find(key) is None]
+        for metric in STEP.metrics:
+            if metric.when in conditions:
+                key = (metric.name or "").replace("{source}", "attention")
+                assert key in row, (row["step"], key)
+                assert isinstance(row[key], list) == (metric.kind == "histogram" or "not a number" in metric.when)
+    assert {"time/commit_s", "time/evaluation_s"} <= {key for row in metrics for key in row}
+    assert [sum(row["reward/histogram"]) for row in metrics] == [row["reward/ok"] for row in metrics]
+    assert [sum(row["staleness/histogram"]) for row in metrics] == [row["length/response_tokens"] for row in metrics]
+    assert all(0 <= row[f"idle/{part}"] <= 1 for row in metrics for part in ("learner", "rollouts", "scoring"))
+    assert sum(row["time/capture_s"] for row in metrics) > 0
+    assert sum(row["time/weight_load_s"] for row in metrics) > 0
+    assert sum(row["throughput/generated_tokens_per_s"] for row in metrics) > 0
 
     # Nothing is stale in the synchronous mode, and the first update starts from the policy that drew the batch.
     assert {row["staleness/max"] for row in metrics} == {0.0}

@@ -1,0 +1,349 @@
+"""The run page on a large run, and what ten watching pages cost a run.
+
+A run of 50,000 steps and 100,000 samples (two a step) is written as the driver writes it. Measured on it, in Chromium
+and over HTTP, by the server's own process:
+
+open_cold_s       from the page's address to the first curve drawn, where no index is there yet (a preview of the curve)
+open_s            the same with the index there, in a server that was started anew
+index_s           until every sample is in the index; index_cpu_s, what the server's processor took for it
+memory_mib        largest resident memory of the server through all of it
+*_ms_p50, _p95    search, filter, histogram, curves, a page deep down: answers of the server, none asked before;
+                  *_cpu_ms, what the server's processor took for one, however busy the machine was
+
+Then a small training run, with ten pages open on it in Chromium for some steps, and none for as many, in turn:
+`step_ratio` is the median wall time of a step with ten pages over that with none. The browser runs on the same machine,
+which it would not elsewhere; `server_cpu_share` is the share of one core that the server took meanwhile.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.common import finish, parse_options
+
+NAME = "dashboard"
+PAGES = 10
+WAIT_S = 900.0
+"""Longest wait for an index, or for a training run."""
+METRICS = tuple(f"{prefix}/{name}" for prefix in ("reward", "policy", "time", "length", "value", "drift") for name in
+                ("mean", "std", "low", "high", "share", "rate", "sum", "last"))  # fmt: skip
+WORDS = [f"{first}{second}" for first in "bcdfghklmnprst" for second in ("alor", "emi", "istan", "ovel", "ura", "ynth")]
+
+
+@dataclass(frozen=True)
+class Size:
+    steps: int
+    samples: int
+    asked: int
+    """Answers that are timed, of each kind."""
+    window: int
+    """Steps with pages, and without, in turn."""
+    windows: int
+
+
+FULL = Size(steps=50_000, samples=2, asked=40, window=6, windows=6)
+QUICK = Size(steps=2_000, samples=2, asked=10, window=2, windows=2)
+
+
+def write_run(path: Path, size: Size) -> int:
+    """A run directory of that size; returns the bytes of its files."""
+    chance = random.Random(0)
+    (path / "samples").mkdir(parents=True)
+    (path / "config.yaml").write_text("run: {name: large}\nreward: {sources: {attention: {kind: attention}}}\n")
+    (path / "events.jsonl").write_text(
+        json.dumps({"time": 0.0, "event": "start", "run_id": "large", "incarnation": 1, "step": 0}) + "\n"
+    )
+    written = 0
+    with (path / "metrics.jsonl").open("w") as metrics:
+        for step in range(size.steps):
+            figures = {name: chance.gauss(step / size.steps, 0.2) for name in METRICS}
+            written += metrics.write(json.dumps({"step": step, **figures}) + "\n")
+            lines = "".join(json.dumps(_sample(step, k, chance)) + "\n" for k in range(size.samples))
+            (path / "samples" / f"step_{step:06d}.jsonl").write_text(lines)
+            written += len(lines)
+    return written
+
+
+def _sample(step: int, k: int, chance: random.Random) -> dict[str, Any]:
+    tokens = 32
+    numbers = [round(chance.random(), 6) for _ in range(tokens)]
+    value = chance.gauss(0, 1)
+    score = {"status": "ok", "value": value, "detail": {"coverage": 0.3, "focus": -0.8}, "error": None}
+    attention = {"layers": [1], "content": list(range(2, 22)), "salient": [4, 5], "salient_weights": [1.0, 1.0],
+                 "mass": numbers, "salient_mass": numbers, "neg_entropy_sum": numbers, "peak": numbers,
+                 "map_ref": None}  # fmt: skip
+    return {
+        "step": step, "schema_version": 1, "sample_id": f"0:{step:08x}:{k}", "group_id": f"0:{step:08x}",
+        "prompt_id": f"{step:08x}", "attempt": 1, "policy_versions": [[1, step, tokens]],
+        "prompt": f"<user>{' '.join(chance.choices(WORDS, k=20))}<assistant>", "prompt_ids": list(range(24)),
+        "response": " ".join(chance.choices(WORDS, k=tokens)),
+        "response_ids": [chance.randrange(4096) for _ in numbers],
+        "finish_reason": chance.choice(["stop", "length"]), "logprobs": numbers, "attention": attention,
+        "scores": {"attention": score}, "reward": score, "flags": [], "created_at": 0.0, "kl_reference": value / 10,
+        "advantage": value, "kl_tokens": numbers,
+    }  # fmt: skip
+
+
+@contextmanager
+def serving(run: Path, cache: Path) -> Iterator[tuple[str, str, psutil.Process]]:
+    """A server of its own process: (origin, token, process)."""
+    started = subprocess.Popen(
+        [sys.executable, "-m", "cluster", "dashboard", str(run), "--port", "0"],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+    )  # fmt: skip
+    try:
+        assert started.stdout is not None
+        found = re.search(r"(http://\S+)/#token=(\S+)", started.stdout.readline())
+        if found is None:
+            raise RuntimeError("the dashboard printed no address")
+        yield found[1], found[2], psutil.Process(started.pid)
+    finally:
+        started.terminate()
+        started.wait(timeout=30)
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium")
+    if found is None:
+        raise RuntimeError("Chromium is missing: scripts/system_packages.sh chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def first_curve(browser: Any, origin: str, token: str) -> float:
+    """Seconds from the address to the first curve with points on its canvas."""
+    context = browser.new_context()
+    page = context.new_page()
+    began = time.perf_counter()
+    page.goto(f"{origin}/#token={token}")
+    page.locator('.plot:not([data-points="0"])[data-points] canvas').first.wait_for(timeout=120_000)
+    took = time.perf_counter() - began
+    context.close()
+    return took
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def peak_mib(process: psutil.Process) -> float:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def indexed(client: httpx.Client) -> float:
+    """Seconds until the index holds every sample."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < WAIT_S:
+        if client.get("/api/run", params={"run": "large"}).raise_for_status().json()["progress"].get("done"):
+            return time.perf_counter() - began
+        time.sleep(0.5)
+    raise RuntimeError(f"the index was not done within {WAIT_S:.0f} s")
+
+
+def answers(client: httpx.Client, process: psutil.Process, size: Size) -> dict[str, float]:
+    """Milliseconds of answers, and of the server's processor that one took; no question is asked twice."""
+    chance = random.Random(1)
+
+    def low() -> int:
+        return chance.randrange(size.steps // 2)
+
+    questions: dict[str, Any] = {
+        "search": lambda: ("samples", {"text": " ".join(chance.sample(WORDS, 2))}),
+        "filter": lambda: ("samples", {"source": "", "low": chance.gauss(0, 1), "finish": "stop", "sort": "-reward"}),
+        "histogram": lambda: ("histogram", {"source": "attention", "low": low()}),
+        "curves": lambda: ("curves", {"name": chance.sample(METRICS, 10), "low": low(), "points": 400}),
+        "deep_page": lambda: ("samples", {"offset": chance.randrange(min(20_000, size.steps)), "sort": "advantage"}),
+    }
+    found: dict[str, float] = {}
+    for name, question in questions.items():
+        times: list[float] = []
+        used = cpu_s(process)
+        for _ in range(size.asked):
+            path, params = question()
+            began = time.perf_counter()
+            client.get(f"/api/{path}", params={"run": "large", **params}).raise_for_status()
+            times.append(1000 * (time.perf_counter() - began))
+        found[f"{name}_cpu_ms"] = 1000 * (cpu_s(process) - used) / size.asked
+        found[f"{name}_ms_p50"] = median(times)
+        found[f"{name}_ms_p95"] = quantiles(times, n=20)[-1]
+    return found
+
+
+def measure_page(size: Size, root: Path) -> dict[str, float]:
+    """Of the large run: opening, index, memory, answers."""
+    written = write_run(root / "large", size)
+    cache = root / "cache"
+    with chromium() as browser:
+        browser.new_context().close()  # the browser's own first start is not the page's
+        with serving(root / "large", cache) as (origin, token, process):
+            cold = first_curve(browser, origin, token)
+            client = httpx.Client(base_url=origin, headers={"authorization": f"Bearer {token}"}, timeout=120)
+            index, used = cold + indexed(client), cpu_s(process)
+            memory = peak_mib(process)
+        with serving(root / "large", cache) as (origin, token, process):
+            warm = [first_curve(browser, origin, token) for _ in range(3)]
+            client = httpx.Client(base_url=origin, headers={"authorization": f"Bearer {token}"}, timeout=120)
+            found = answers(client, process, size)
+            memory = max(memory, peak_mib(process))
+    return {
+        "steps": size.steps, "samples": size.steps * size.samples, "run_mib": written / 2**20, "open_cold_s": cold,
+        "open_s": median(warm), "open_first_s": warm[0], "index_s": index, "index_cpu_s": used,
+        "memory_mib": memory, **found,
+    }  # fmt: skip
+
+
+class Watching(threading.Thread):
+    """Opens ten pages for `window` steps of a run and none for as many, in turn; notes which steps were which."""
+
+    def __init__(self, run: Path, cache: Path, size: Size, skip: int) -> None:
+        super().__init__(daemon=True)
+        self.run_path, self.cache, self.size, self.skip = run, cache, size, skip
+        self.with_pages: list[range] = []
+        self.without: list[range] = []
+        self.cpu: list[float] = []
+        self.problem: Exception | None = None
+
+    def steps(self) -> int:
+        metrics = self.run_path / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def until(self, steps: int) -> None:
+        end = time.monotonic() + WAIT_S
+        while self.steps() < steps:
+            if time.monotonic() > end:
+                raise RuntimeError(f"the run did not come to step {steps} within {WAIT_S:.0f} s")
+            time.sleep(0.1)
+
+    def run(self) -> None:
+        try:
+            self.until(self.skip)
+            for window in range(self.size.windows):
+                if window % 2:
+                    self.watched()
+                else:
+                    begin = self.steps() + 1
+                    self.until(begin + self.size.window)
+                    self.without.append(range(begin, begin + self.size.window))
+        except Exception as error:
+            self.problem = error
+
+    def watched(self) -> None:
+        with serving(self.run_path, self.cache) as (origin, token, process):
+            pages = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.dashboard", "--watch", f"{origin}/#token={token}"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            try:
+                assert pages.stdout is not None
+                if "watching" not in pages.stdout.readline():
+                    raise RuntimeError("the pages did not open")
+                begin = self.steps() + 1
+                before, clock = cpu_s(process), time.monotonic()
+                self.until(begin + self.size.window)
+                self.with_pages.append(range(begin, begin + self.size.window))
+                self.cpu.append((cpu_s(process) - before) / (time.monotonic() - clock))
+            finally:
+                pages.communicate(input="end\n", timeout=60)
+
+
+def watch(url: str) -> None:
+    """Ten pages on a run, each in a browser profile of its own, until standard input has a line."""
+    with chromium() as browser:
+        for _ in range(PAGES):
+            page = browser.new_context().new_page()
+            page.goto(url)
+            page.locator("#how").wait_for(timeout=120_000)
+        sys.stdout.write("watching\n")
+        sys.stdout.flush()
+        sys.stdin.readline()
+
+
+def measure_run(size: Size, root: Path) -> dict[str, float]:
+    """Of a small training run: what ten pages cost it."""
+    from rich.console import Console
+
+    from benchmarks import pipeline
+    from cluster.driver import train
+    from cluster.ray_runtime import ray_cluster
+    from cluster.recipe import apply_overrides, resolve
+    from cluster.run_dir import read_jsonl
+
+    skip = 3
+    most = skip + size.windows * (size.window + 6)
+    scale = pipeline.Size(steps=most, runs=(1,), groups_per_step=4, max_tokens=24, prompts=2000)
+    pipeline.build_policy(True, scale, root / "policy")
+    config = resolve(
+        apply_overrides(pipeline.recipe(scale, root / "policy", 1).model_dump(mode="json"), ["run.max_staleness=1"]),
+        NAME,
+    )
+    watching = Watching(root / "run", root / "cache-run", size, skip)
+    watching.start()
+    with ray_cluster(config.cluster):
+        train(config, root / "run", resume="never", console=Console(stderr=True))
+    watching.join(timeout=60)
+    if watching.problem is not None:
+        raise watching.problem
+    rows = {int(row["step"]): row for row in read_jsonl(root / "run" / "metrics.jsonl")}
+
+    def walls(ranges: list[range]) -> list[float]:
+        return [rows[step]["time/step_s"] for steps in ranges for step in steps if step in rows]
+
+    with_pages, without = walls(watching.with_pages), walls(watching.without)
+    if not with_pages or not without:
+        raise RuntimeError("the run ended before both had steps: give it more")
+    return {
+        "step_s_no_page": median(without), "step_s_ten_pages": median(with_pages),
+        "step_ratio": median(with_pages) / median(without), "steps_no_page": len(without),
+        "steps_ten_pages": len(with_pages), "server_cpu_share": median(watching.cpu),
+    }  # fmt: skip
+
+
+def loaded() -> Mapping[str, float]:
+    """How busy the machine was with other things: its figures are worth as much as it was quiet."""
+    return {"load_average_1min": os.getloadavg()[0]}
+
+
+def main() -> None:
+    if "--watch" in sys.argv:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--watch")
+        watch(parser.parse_args().watch)
+        return
+    options = parse_options(NAME, "The run page on a large run, and what ten watching pages cost a run.")
+    size = QUICK if options.quick else FULL
+    before = loaded()
+    with tempfile.TemporaryDirectory(prefix="attune-dashboard-") as root:
+        results = {**before, **measure_page(size, Path(root)), **measure_run(size, Path(root))}
+    finish(NAME, options, results)
+
+
+if __name__ == "__main__":
+    main()

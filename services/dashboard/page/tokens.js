@@ -1,0 +1,73 @@
+// Tokens coloured by a measure. One hue for what is never negative, two for what has a sign; the strongest tint still
+// leaves the text readable in light and in dark.
+
+import { h } from "./dom.js";
+import { number } from "./format.js";
+
+export const MEASURES = {
+  mass: { title: "attention mass", meaning: "share of the attention that goes to the prompt's content (M)" },
+  salient_mass: { title: "on salient words", meaning: "share of the attention that goes to the salient tokens (C)" },
+  entropy: { title: "attention entropy", meaning: "of the attention over the content, nats; low is sharp" },
+  peak: { title: "peak share", meaning: "share of the mass that the most looked-at position has" },
+  logprob: { title: "log-probability", meaning: "of the token under the policy that drew it, nats; strong is unlikely", turned: true },
+  kl: { title: "KL to the reference", meaning: "log-probability minus the reference's, nats", signed: true },
+};
+
+/** Strengths [T] in -1 … 1 of a measure, over its own range (`over`: the samples that are compared). */
+export function strengths(name, values, over = [values]) {
+  const there = over.flat().filter((value) => value !== null);
+  const { signed, turned } = MEASURES[name];
+  if (signed) {
+    const most = Math.max(1e-9, ...there.map(Math.abs));
+    return { strength: values.map((value) => (value === null ? null : value / most)), low: -most, high: most };
+  }
+  const low = Math.min(...there), high = Math.max(...there);
+  const strength = values.map((value) => (value === null ? null : high > low ? (value - low) / (high - low) : 0.5));
+  return { strength: turned ? strength.map((one) => (one === null ? null : 1 - one)) : strength, low, high };
+}
+
+export function tint(element, strength) {
+  if (strength === null || strength === undefined) { element.style.removeProperty("--tint"); element.classList.remove("less"); return; }
+  element.style.setProperty("--tint", `${Math.round(100 * Math.min(1, Math.abs(strength)))}%`);
+  element.classList.toggle("less", strength < 0);
+}
+
+/** What is shown of a piece: its text with line ends made visible; where there is none, its id. */
+export function shownPiece(piece, id) {
+  if (piece === null || piece === undefined) return `⟨${id}⟩`;
+  if (piece === "") return "·";
+  return piece.replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t");
+}
+
+export function pieces(sample) { return sample.pieces ?? sample.response_ids.map(() => null); }
+
+export function promptPieces(sample) { return sample.prompt_pieces ?? sample.prompt_ids.map(() => null); }
+
+export function spoken(piece, id) {
+  if (piece === null || piece === undefined) return `token id ${id}`;
+  return piece === "" ? "no text of its own" : piece.trim() === "" ? "blank" : piece.trim();
+}
+
+/** A response as coloured spans, without keys or pointer: for groups and lists. */
+export function coloured(sample, measure, over) {
+  const values = sample.measures[measure];
+  const { strength } = values ? strengths(measure, values, over) : { strength: [] };
+  return h("p", { class: "tokens flat" }, pieces(sample).map((piece, i) => {
+    const span = h("span", { class: "token", title: values ? `${MEASURES[measure].title} ${number(values[i])}` : null }, shownPiece(piece, sample.response_ids[i]));
+    tint(span, strength[i]);
+    return span;
+  }));
+}
+
+export function legend(measure, low, high) {
+  const { title, meaning, signed, turned } = MEASURES[measure];
+  return h("div", { class: "scale" }, h("span", {}, number(turned ? high : low)), h("i", { class: signed ? "both" : "one", "aria-hidden": "true" }), h("span", {}, number(turned ? low : high)), h("span", { class: "quiet" }, `${title}: ${meaning}`));
+}
+
+/** Buttons that choose the measure; only those that the sample holds. */
+export function chooser(names, chosen, choose) {
+  return h("div", { class: "chooser", role: "radiogroup", "aria-label": "Colour the response by" }, names.map((name) => {
+    const input = h("input", { type: "radio", name: "measure", value: name, checked: name === chosen, onchange: () => choose(name) });
+    return h("label", { title: MEASURES[name].meaning }, input, h("span", {}, MEASURES[name].title));
+  }));
+}
