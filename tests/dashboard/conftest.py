@@ -48,7 +48,7 @@ def start_server(root: Path, cache: Path, *arguments: str) -> Server:
 
 def stop_server(server: Server) -> None:
     server.process.terminate()
-    server.process.wait(timeout=20)
+    assert server.process.wait(timeout=20) == 0, "an end that was asked for"
 
 
 @pytest.fixture(scope="session")
