@@ -1,5 +1,5 @@
-"""What docs/monitoring.md says of Ray's dashboard is so in the Ray that is installed: its second tab shows that dashboard
-of Grafana's which an environment variable names, with our variables' names."""
+"""What docs/monitoring.md says of Ray's dashboard is so in the Ray that is installed: its second tab shows a dashboard
+of Grafana's that the environment names, and hands over variables that ours have."""
 
 import json
 import os
