@@ -40,6 +40,9 @@ from benchmarks.common import finish, parse_options
 
 NAME = "dashboard"
 PAGES = 10
+TOKENS = 32
+"""Of a response of the large run."""
+POOL = 256
 WAIT_S = 900.0
 """Longest wait for an index, or for a training run."""
 METRICS = tuple(f"{prefix}/{name}" for prefix in ("reward", "policy", "time", "length", "value", "drift") for name in
@@ -71,34 +74,42 @@ def write_run(path: Path, size: Size) -> int:
         json.dumps({"time": 0.0, "event": "start", "run_id": "large", "incarnation": 1, "step": 0}) + "\n"
     )
     written = 0
+    tails = [_tail(chance) for _ in range(POOL)]
+    noise = [json.dumps({name: chance.gauss(0, 0.2) for name in METRICS[8:]})[1:] for _ in range(POOL)]
     with (path / "metrics.jsonl").open("w") as metrics:
         for step in range(size.steps):
-            figures = {name: chance.gauss(step / size.steps, 0.2) for name in METRICS}
-            written += metrics.write(json.dumps({"step": step, **figures}) + "\n")
-            lines = "".join(json.dumps(_sample(step, k, chance)) + "\n" for k in range(size.samples))
+            trend = {name: chance.gauss(step / size.steps, 0.2) for name in METRICS[:8]}
+            written += metrics.write(json.dumps({"step": step, **trend})[:-1] + ", " + chance.choice(noise) + "\n")
+            lines = "".join(_head(step, k, chance) + chance.choice(tails) for k in range(size.samples))
             (path / "samples" / f"step_{step:06d}.jsonl").write_text(lines)
             written += len(lines)
     return written
 
 
-def _sample(step: int, k: int, chance: random.Random) -> dict[str, Any]:
-    tokens = 32
-    numbers = [round(chance.random(), 6) for _ in range(tokens)]
+def _head(step: int, k: int, chance: random.Random) -> str:
+    """The beginning of a sample's line: what differs from one to the next."""
     value = chance.gauss(0, 1)
     score = {"status": "ok", "value": value, "detail": {"coverage": 0.3, "focus": -0.8}, "error": None}
+    fields = {
+        "step": step, "schema_version": 1, "sample_id": f"0:{step:08x}:{k}", "group_id": f"0:{step:08x}",
+        "prompt_id": f"{step:08x}", "attempt": 1, "policy_versions": [[1, step, TOKENS]],
+        "prompt": f"<user>{' '.join(chance.choices(WORDS, k=20))}<assistant>",
+        "response": " ".join(chance.choices(WORDS, k=TOKENS)), "finish_reason": chance.choice(["stop", "length"]),
+        "scores": {"attention": score}, "reward": score, "flags": [], "created_at": 0.0, "kl_reference": value / 10,
+        "advantage": value,
+    }  # fmt: skip
+    return json.dumps(fields)[:-1] + ", "
+
+
+def _tail(chance: random.Random) -> str:
+    """The rest of it: arrays, of which some hundred are enough."""
+    numbers = [round(chance.random(), 6) for _ in range(TOKENS)]
     attention = {"layers": [1], "content": list(range(2, 22)), "salient": [4, 5], "salient_weights": [1.0, 1.0],
                  "mass": numbers, "salient_mass": numbers, "neg_entropy_sum": numbers, "peak": numbers,
                  "map_ref": None}  # fmt: skip
-    return {
-        "step": step, "schema_version": 1, "sample_id": f"0:{step:08x}:{k}", "group_id": f"0:{step:08x}",
-        "prompt_id": f"{step:08x}", "attempt": 1, "policy_versions": [[1, step, tokens]],
-        "prompt": f"<user>{' '.join(chance.choices(WORDS, k=20))}<assistant>", "prompt_ids": list(range(24)),
-        "response": " ".join(chance.choices(WORDS, k=tokens)),
-        "response_ids": [chance.randrange(4096) for _ in numbers],
-        "finish_reason": chance.choice(["stop", "length"]), "logprobs": numbers, "attention": attention,
-        "scores": {"attention": score}, "reward": score, "flags": [], "created_at": 0.0, "kl_reference": value / 10,
-        "advantage": value, "kl_tokens": numbers,
-    }  # fmt: skip
+    fields = {"prompt_ids": list(range(24)), "response_ids": [chance.randrange(4096) for _ in numbers],
+              "logprobs": numbers, "kl_tokens": numbers, "attention": attention}  # fmt: skip
+    return json.dumps(fields)[1:] + "\n"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from cluster.plan import Node
 from cluster.ray_job import STOP_WAIT
 from cluster.ray_runtime import wait_all
+from services.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where weights are published by default
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -78,17 +79,20 @@ def look_at_cluster(ray: Any) -> list[Machine]:
 
     Raises:
         Deadline: names the nodes that did not answer.
+        UserError: attune cannot be run on a node.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     rows: Sequence[Mapping[str, Any]] = [row for row in ray.nodes() if row["Alive"]]
-    task = ray.remote(look_here).options(num_cpus=0, max_retries=0)
-    references = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(row["NodeID"], soft=False)).remote()
-        for row in rows
-    ]
+    task = ray.remote(look_here)
+    places = [NodeAffinitySchedulingStrategy(row["NodeID"], soft=False) for row in rows]
+    references = [task.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote() for place in places]
     who = [f"{row['NodeManagerHostname']} ({row['NodeManagerAddress']})" for row in rows]
-    found: list[Machine] = wait_all(ray, references, seconds=LOOK_S, what="what the nodes have", who=who)
+    try:
+        found: list[Machine] = wait_all(ray, references, seconds=LOOK_S, what="what the nodes have", who=who)
+    except ray.exceptions.RayError as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"a node of the cluster cannot run attune; is it installed there? {said[-1]}") from error
     return [_as_offered(machine, row, place) for place, (machine, row) in enumerate(zip(found, rows, strict=True))]
 
 

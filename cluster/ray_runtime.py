@@ -8,6 +8,8 @@ Ray, and never starts one.
 import logging
 import os
 import secrets
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,9 @@ from services.errors import Deadline, UserError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Samples go by Redis and weights by files: Ray's object store carries little."""
+
+JOIN_S = 20.0
+"""Deadline (s) for the head of a cluster that is joined to take a connection."""
 
 
 @contextmanager
@@ -49,6 +54,7 @@ def ray_cluster(section: ClusterSection) -> Iterator[Any]:
     }
     try:
         if address:
+            wait_for_head(address)
             context = ray.init(address=address, **options)
         else:
             context = ray.init(
@@ -62,6 +68,28 @@ def ray_cluster(section: ClusterSection) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def wait_for_head(address: str) -> None:
+    """Returns once somebody listens at a cluster's "host:port". Ray itself would try for minutes, and say little.
+
+    Raises:
+        UserError: nobody did within JOIN_S.
+    """
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdecimal():  # "auto": Ray knows where
+        return
+    end = time.monotonic() + JOIN_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"cluster.address {address}: no Ray cluster answers there within {JOIN_S:.0f} s: {error}"
+                ) from error
+        time.sleep(0.5)
 
 
 def wait_all(ray: Any, references: Sequence[Any], *, seconds: float, what: str, who: Sequence[str]) -> list[Any]:

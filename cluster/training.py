@@ -55,7 +55,7 @@ from learner.commit import (
 from reward_server.placement import placed_models
 from services.records import PolicyVersion
 from services.stream.ledger import Ledger
-from services.telemetry import Telemetry
+from services.telemetry import CLOSE_S, Telemetry
 from services.weights import MANIFEST
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Training:
                 stopped = str(signal)
                 self._commit_in_grace()
             finally:
-                self.telemetry.close()
+                self.telemetry.close(self._watching_s())
         outcome = Outcome(
             stopped, self.history.steps_done, self.history.committed_steps, round(time.monotonic() - self.started, 3)
         )
@@ -155,6 +155,12 @@ class Training:
             self.run, self.config, outcome.stopped, outcome.committed_steps, outcome.seconds, self.ledger.counts()
         )
         return outcome
+
+    def _watching_s(self) -> float:
+        """Seconds that the trackers may take to end: after a signal there is the summary to write in the same grace."""
+        if self.stop.signal_name is None:
+            return CLOSE_S
+        return max(0.0, min(CLOSE_S, self.stop.grace_left(self.config.cluster.stop_s) / 2))
 
     # Coming up, and coming up again
 

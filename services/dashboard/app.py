@@ -90,6 +90,11 @@ class Runs:
             old.close()
         return watched
 
+    def end(self) -> None:
+        """The server is ending: open streams end too."""
+        for watched in list(self._open.values()):
+            watched.end()
+
     def close(self) -> None:
         for watched in self._open.values():
             watched.close()

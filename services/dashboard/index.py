@@ -111,6 +111,7 @@ class Index:
         self._samples = SampleWriter(self._database, run, read_config(run))
         self.preview: list[dict[str, Any]] = []
         """Some lines of metrics.jsonl, from all over it, while there is much of it to be read."""
+        self._look_ahead()
 
     def _opened(self) -> sqlite3.Connection:
         # The directory's own number: a run that was deleted and made anew at the same path is another one.
@@ -164,6 +165,14 @@ class Index:
         if self.reached.sampled < self.reached.steps or self._behind():
             return Change(change.steps, change.events, change.samples, change.cut, more=True)
         return change
+
+    def _look_ahead(self) -> None:
+        try:
+            self.reached.metrics_bytes = self.run.metrics.stat().st_size
+        except FileNotFoundError:
+            return
+        if self._behind():
+            self.preview = preview_lines(self.run.metrics)
 
     def _behind(self) -> bool:
         return self.reached.metrics.offset + PREVIEW_BYTES < self.reached.metrics_bytes
@@ -220,11 +229,10 @@ class Index:
         if not news.more and reached.sampled > reached.steps:  # cut back further than the shards showed
             reached.sampled = self._samples.drop_from(reached.steps)
         reached.metrics = news.place
-        if self._behind():
-            if not self.preview:
-                self.preview = preview_lines(self.run.metrics)
-        else:
+        if not self._behind():
             self.preview = []
+        elif news.cut:
+            self._look_ahead()
         return Change(rows, change.events, 0, change.cut or news.cut, change.more or news.more)
 
 

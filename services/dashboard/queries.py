@@ -63,8 +63,9 @@ def _where(database: sqlite3.Connection, wanted: Filter) -> tuple[str, dict[str,
         also("step <= :step_to", step_to=wanted.step_to)
     if wanted.source is not None and (wanted.low is not None or wanted.high is not None):
         number = source_number(database, wanted.source)
+        ranged = "id in (select sample from score where source = :source and value >= :low and value < :high)"
         also(
-            "id in (select sample from score where source = :source and value >= :low and value < :high)",
+            "reward >= :low and reward < :high" if number == REWARD else ranged,
             source=number,
             low=-math.inf if wanted.low is None else wanted.low,
             high=math.inf if wanted.high is None else wanted.high,
@@ -164,16 +165,12 @@ def histogram(
         first, last = _numbers_of_steps(database, step_from, step_to)
         where += " and sample between :first and :last"
         values |= {"first": first, "last": last}
-    low, high, count, total, square = database.execute(
-        "select min(value), max(value), count(value), sum(value), sum(value * value) "  # noqa: S608 - our terms
+    low, high, rows, count, total, square = database.execute(
+        "select min(value), max(value), count(*), count(value), sum(value), sum(value * value) "  # noqa: S608 - ours
         f"from score where {where}",
         values,
     ).fetchone()
-    failed = database.execute(
-        f"select count(*) from score where {where} and code is not null",  # noqa: S608 - our terms
-        values,
-    ).fetchone()[0]
-    found: dict[str, Any] = {"source": source, "count": count, "failed": failed, "edges": [], "counts": []}
+    found: dict[str, Any] = {"source": source, "count": count, "failed": rows - count, "edges": [], "counts": []}
     if not count:
         return found
     mean = total / count

@@ -3,10 +3,12 @@
 import ipaddress
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -53,10 +55,29 @@ def serve(
         server_header=False,
         lifespan="off",
     )
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, _done)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config, runs).run(sockets=[listener])
     finally:
         runs.close()
+
+
+class Server(uvicorn.Server):
+    """Ends its streams when it is asked to end: it would wait for them otherwise."""
+
+    def __init__(self, config: uvicorn.Config, runs: Runs) -> None:
+        super().__init__(config)
+        self._runs = runs
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._runs.end()
+        super().handle_exit(sig, frame)
+
+
+def _done(_sign: int, _frame: FrameType | None) -> None:
+    """uvicorn raises the signal again when it has ended: an end that was asked for is no failure."""
+    raise SystemExit(0)
 
 
 def is_loopback(host: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ANCHOR = 96
 """Bytes that are compared. A line ends with figures of its step that no other line has."""
-CHUNK = 4 * 2**20
+CHUNK = 2**20
 LONGEST_LINE = 64 * 2**20
 
 

@@ -27,8 +27,10 @@ from services.errors import UserError
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-SLICE_S = 0.2
+SLICE_S = 0.1
 """Of indexing at a time, between which questions are answered and pages are told."""
+ASKED_S = 0.5
+"""So long after a question the index makes way for the next ones."""
 IDLE_S = 60.0
 """After the last question, where nobody watches, the thread ends."""
 HEARTBEAT_S = 15.0
@@ -63,10 +65,14 @@ class Watcher:
         try:
             self.queue.put_nowait(message)
         except asyncio.QueueFull:
-            self.lost = True  # until it has been told
-            while not self.queue.empty():
-                self.queue.get_nowait()
-            self.queue.put_nowait(None)
+            self.give_up()
+
+    def give_up(self) -> None:
+        """What waits for it is dropped; it is told so next."""
+        self.lost = True
+        while not self.queue.empty():
+            self.queue.get_nowait()
+        self.queue.put_nowait(None)
 
 
 class Watched:
@@ -135,6 +141,14 @@ class Watched:
         preview = self._index.preview
         return max(self._index.reached.steps, int(preview[-1]["step"]) + 1 if preview else 0)
 
+    def end(self) -> None:
+        """Lets streams and thread end by themselves; waits for neither."""
+        self._closing.set()
+        with self._lock:
+            watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher.loop.call_soon_threadsafe(watcher.give_up)
+
     def close(self) -> None:
         self._closing.set()
         if self._thread is not None:
@@ -163,6 +177,8 @@ class Watched:
                 except TimeoutError:
                     yield b": alive\n\n"
                     continue
+                if message is None and self._closing.is_set():
+                    return
                 if message is None:
                     yield b"event: reset\ndata: {}\n\n"
                     watcher.lost = False
@@ -208,6 +224,9 @@ class Watched:
         try:
             self._place = place_of(self.run, self._root)
             self._index = Index(self.run, self._place.directory)
+            if self._index.preview:
+                self.progress = progress_of(self._index, Change(more=True))
+                self._ready.set()
         except (OSError, sqlite3.Error, UserError) as error:
             self._failed = error if isinstance(error, UserError) else UserError(f"index of {self.run.path}: {error}")
             self._ready.set()
@@ -218,7 +237,8 @@ class Watched:
             while not self._closing.is_set() and self._wanted():
                 more = self._look(self._index)
                 self._ready.set()
-                self._closing.wait(0.01 if more else POLL_S)
+                asked = time.monotonic() - self._asked < ASKED_S
+                self._closing.wait((SLICE_S if asked else 0.005) if more else POLL_S)
         finally:
             self._ready.set()
             self._index.close()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 
 from cluster.config import ClusterSection
+from cluster.driver import check_reach, say_short_grace
 from cluster.ray_dashboard import authentication_mode, check_dashboard
 from cluster.ray_job import JOB, MARGIN_S, STOP_WAIT, check_run_dir, is_job, short_grace, stop_wait_s
-from cluster.ray_runtime import ray_cluster
+from cluster.ray_runtime import ray_cluster, wait_for_head
+from cluster.recipe import resolve
+from cluster.run_dir import RunDir
 from services.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +33,30 @@ def test_a_grace_too_short_for_a_last_commit_is_said_with_both_numbers() -> None
     assert short_grace(20.0, {STOP_WAIT: str(int(20 + MARGIN_S))}) is None
     with pytest.raises(UserError, match=f"{STOP_WAIT}: 'long'"):
         stop_wait_s({STOP_WAIT: "long"})
+
+
+def test_a_job_with_a_short_grace_says_so_in_its_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = resolve({"data": {}, "policy": {}}, "test"), RunDir(tmp_path)
+    monkeypatch.delenv(STOP_WAIT, raising=False)
+    monkeypatch.delenv(JOB, raising=False)
+    say_short_grace(config, run)
+    assert not run.events.exists()  # whoever is no job is stopped by somebody else
+    monkeypatch.setenv(JOB, "{}")
+    say_short_grace(config, run)
+    [event] = [json.loads(line) for line in run.events.read_text(encoding="utf-8").splitlines()]
+    assert event["event"] == "short_grace"
+    assert "cluster.stop_s is 20" in event["why"]
+
+
+def test_what_is_on_one_machine_alone_is_refused_on_several() -> None:
+    alone = {"data": {}, "policy": {}}
+    reached = {**alone, "stream": {"url": "redis://10.0.0.1"}}
+    check_reach(resolve(alone, "test"), 1)
+    with pytest.raises(UserError, match=r"stream\.url: is null, and the cluster has 2 machines"):
+        check_reach(resolve(alone, "test"), 2)
+    with pytest.raises(UserError, match=r"cluster\.weights_dir: is null"):
+        check_reach(resolve(reached, "test"), 2)
+    check_reach(resolve({**reached, "cluster": {"weights": "collective"}}, "test"), 2)
 
 
 def test_the_runtime_environment_gives_the_default_grace() -> None:
@@ -52,6 +80,18 @@ def test_a_job_without_the_address_of_its_cluster_starts_none(monkeypatch: pytes
     assert is_job({JOB: "{}"})
     with pytest.raises(UserError, match="RAY_ADDRESS"), ray_cluster(ClusterSection()):
         pytest.fail("a cluster was started")
+
+
+def test_a_cluster_that_is_not_there_is_said_before_ray_tries_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.ray_runtime.JOIN_S", 1.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"cluster\.address {address}: no Ray cluster answers there within 1 s"):
+            wait_for_head(address)
+        taken.listen()
+        wait_for_head(address)
+    wait_for_head("auto")
 
 
 @pytest.fixture

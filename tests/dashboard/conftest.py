@@ -48,7 +48,7 @@ def start_server(root: Path, cache: Path, *arguments: str) -> Server:
 
 def stop_server(server: Server) -> None:
     server.process.terminate()
-    server.process.wait(timeout=20)
+    assert server.process.wait(timeout=20) == 0, "an end that was asked for"
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,7 @@ def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     stop_server(started)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright runs an event loop in this thread, which others want for themselves
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 

@@ -198,6 +198,54 @@ def test_a_live_run_moves_faults_appear_and_a_resume_cuts_back(page: Any, tmp_pa
         scene.run.unlock()
 
 
+def test_tabs_share_a_stream_and_another_goes_on_when_its_holder_closes(
+    browser: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    scene = Scene(tmp_path / "live", tokenizer)
+    scene.step()
+    live = start_server(tmp_path / "live", tmp_path / "cache")
+    context = browser.new_context()
+    try:
+        tabs = [context.new_page() for _ in range(2)]
+        asked: list[str] = []
+        context.on("request", lambda request: asked.append(request.url) if "/api/stream" in request.url else None)
+        for tab in tabs:
+            tab.goto(live.url)
+            expect(tab.locator("#how")).to_contain_text("1 steps")
+        scene.step()
+        for tab in tabs:
+            expect(tab.locator("#how")).to_contain_text("2 steps", timeout=10_000)
+        assert len(asked) == 1, "one connection for both"
+        tabs[0].close()
+        scene.step()
+        expect(tabs[1].locator("#how")).to_contain_text("3 steps", timeout=10_000)
+    finally:
+        context.close()
+        stop_server(live)
+        scene.run.unlock()
+
+
+def test_keys_a_zoom_and_a_table_in_place_of_a_curve(page: Any, server: Server) -> None:
+    go(page, server, "overview")
+    assert points(page, "kl/reference") == (STEPS, STEPS - 1)
+    page.get_by_label("From step").fill("3")
+    page.get_by_label("To step").fill("6")
+    page.get_by_label("To step").press("Enter")
+    expect(plot_of(page, "kl/reference")).to_have_attribute("data-last", "6")
+    assert points(page, "kl/reference") == (4, 6)
+    page.get_by_role("button", name="Table of kl/reference").click()
+    expect(page.get_by_role("table", name="kl/reference").get_by_role("row")).to_have_count(5)
+    page.get_by_role("button", name="whole run").click()
+    expect(plot_of(page, "reward/mean")).to_have_attribute("data-last", str(STEPS - 1))
+    page.get_by_label("log scale").check()
+    page.locator("#main").click(position={"x": 2, "y": 2})
+    page.keyboard.press("g")
+    page.keyboard.press("v")
+    expect(page.get_by_role("heading", name="Verdicts")).to_be_visible()
+    page.keyboard.press("/")
+    expect(page.get_by_role("searchbox")).to_be_focused()
+
+
 def test_a_narrow_screen_scrolls_in_one_direction_only(browser: Any, server: Server) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 740})
     page = context.new_page()

@@ -158,6 +158,27 @@ def test_two_servers_on_one_run_do_not_share_an_index(finished: Path, tmp_path: 
     again.leave()
 
 
+def test_a_server_that_is_asked_to_end_ends_its_streams_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path / "live")
+    scene.step()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    held = place_of(RunFiles("live", tmp_path / "live"), tmp_path / "cache" / "attune" / "dashboard")
+    server = start_server(tmp_path / "live", tmp_path / "cache")
+    with httpx.stream("GET", f"{server.origin}/api/stream?run=live", headers=server.headers, timeout=20) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert list((tmp_path / "tmp").iterdir()), "an index of its own, as another holds the run's"
+        began = time.monotonic()
+        stop_server(server)
+        assert time.monotonic() - began < 15
+        list(lines)  # its end, not an error
+    assert list((tmp_path / "tmp").iterdir()) == []
+    held.leave()
+
+
 def test_indexes_of_runs_that_are_gone_are_removed(tmp_path: Path) -> None:
     for name in ("here", "gone"):
         (tmp_path / "runs" / name).mkdir(parents=True)

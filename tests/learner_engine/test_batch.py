@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
+from learner.advantages import Advantages
 from learner.batch import batch_of
-from learner.metrics import length_metrics, reward_metrics, version_metrics
+from learner.metrics import length_metrics, reward_metrics, sample_figures, version_metrics
 from services.records import Failure, Group, PolicyVersion, Prompt, Sample, Score
 
 OK = Score(status="ok", value=1.0)
@@ -60,6 +62,19 @@ def test_failed_samples_are_left_out_and_counted() -> None:
     assert (found["reward/judge/failed"], found["reward/length/failed"]) == (1, 0)
     with pytest.raises(ValueError, match="nothing to train on"):
         batch_of([group(sample(0, reward=FAILED))], replay=False)
+
+
+def test_a_samples_figures_are_of_its_own_tokens_and_add_up() -> None:
+    batch = batch_of([group(sample(0), sample(1, response_ids=(5,), logprobs=(-0.5,)))], replay=False)
+    shape = batch.mask.shape
+    reference = torch.full(shape, -1.5)
+    whole = Advantages(torch.ones(shape) * batch.mask, torch.zeros(shape), batch.mask, batch.mask)
+    found = sample_figures(batch, whole, reference, None)
+    assert found["0:p:0"]["kl_tokens"] == [0.5, -0.5, -1.5]
+    assert found["0:p:1"]["kl_tokens"] == [1.0], "no figure of what only pads"
+    for figures in found.values():
+        assert figures["kl_reference"] == pytest.approx(sum(figures["kl_tokens"]))
+        assert figures["advantage"] == 1.0
 
 
 def test_replay_takes_the_truncated_distribution_on_both_sides() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from services.vocabulary import STEP
+
 Attune = Callable[..., tuple[int, str]]
 Recipe = Callable[..., Path]
 SOURCES = ("attention", "preference", "absolute", "judge")
@@ -48,3 +50,7 @@ def test_attention_models_and_a_judge_reward_one_run(
     for row in metrics:
         for name in SOURCES:
             assert f"reward/{name}/mean" in row, sorted(row)
+            assert sum(row[f"reward/{name}/histogram"]) > 0
+        assert not [key for key in row if STEP.find(key) is None]
+    assert all(0 <= row[f"idle/{part}"] <= 1 for row in metrics for part in ("models", "reward_server"))
+    assert min(row["idle/models"] for row in metrics) < 1  # they did run batches

@@ -97,13 +97,14 @@ class Cluster:
                 stdout=self.log,
                 stderr=self.log,
             )
-            if until("the dashboard", lambda: self._server.poll() is not None or self._is_up()) and self._is_up():
-                return
-        self.log.seek(0)
-        raise AssertionError(self.log.read())
+            until("ray start", lambda: self._server.poll() is not None or "Ray runtime started" in self._printed())
+            if self._server.poll() is None:
+                break
+        assert authentication_mode(f"127.0.0.1:{self.dashboard}") == "token", self._printed()
 
-    def _is_up(self) -> bool:
-        return authentication_mode(f"127.0.0.1:{self.dashboard}") == "token"
+    def _printed(self) -> str:
+        self.log.flush()
+        return Path(self.log.name).read_text(encoding="utf-8")
 
     def command(self, word: str) -> str:
         text = block(word)

@@ -10,6 +10,7 @@ const HUES = ["--line-1", "--line-2", "--line-3", "--line-4", "--line-5", "--lin
 const POINTS = 400;
 const REFRESH_MS = 2000;
 const ROWS = 12;
+const WHOLE = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((power) => [1, 2, 5].map((one) => one * 10 ** power));
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const key = (run, metric) => `${run}\n${metric}`;
@@ -233,7 +234,7 @@ class Chart {
       select: { show: true },
       scales: { x: { time: false }, y: { range: log ? undefined : span, ...(log ? (positive ? { distr: 3 } : { distr: 4, asinh: 0.01 }) : {}) } },
       axes: [
-        { ...axis, size: 26, gap: 4 },
+        { ...axis, size: 26, gap: 4, incrs: WHOLE },
         { ...axis, size: 52, gap: 4, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick))) },
       ],
       bands: high < 0 ? [] : [{ series: [high + 1, high + 2], fill: `color-mix(in srgb, ${hue(0)} 18%, transparent)` }],
@@ -317,17 +318,21 @@ export function controls(board) {
   const low = h("input", { type: "number", min: "0", placeholder: "first", "aria-label": "From step" });
   const high = h("input", { type: "number", min: "0", placeholder: "last", "aria-label": "To step" });
   const whole = h("button", { type: "button", class: "small", hidden: true, onclick: () => board.zoom(null) }, "whole run");
+  let typed = false; // what stands in the fields is the user's then
   const ranged = () => {
+    typed = true;
     const from = low.value === "" ? 0 : Number(low.value), to = high.value === "" ? board.steps : Number(high.value);
     if (low.value === "" && high.value === "") board.zoom(null);
     else if (to >= from) board.zoom(from, to);
+    typed = false;
   };
-  low.addEventListener("change", ranged);
-  high.addEventListener("change", ranged);
+  for (const input of [low, high]) {
+    input.addEventListener("change", ranged);
+    input.addEventListener("keydown", (event) => { if (event.key === "Enter") ranged(); });
+  }
   const before = board.zoomed;
   board.zoomed = (range) => {
-    low.value = range ? range[0] : "";
-    high.value = range ? range[1] : "";
+    if (!typed) { low.value = range ? range[0] : ""; high.value = range ? range[1] : ""; }
     whole.hidden = !range;
     before?.(range);
   };

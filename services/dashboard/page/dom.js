@@ -43,7 +43,7 @@ export function table(caption, heads, rows, { numeric = [], shown = false } = {}
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
     h("table", {},
       h("caption", { class: shown ? null : "unseen" }, caption),
-      h("thead", {}, h("tr", {}, heads.map((head, i) => h("th", { scope: "col", class: side(i) }, head)))),
+      h("thead", {}, h("tr", {}, heads.map((head, i) => h("th", { scope: "col", class: head ? side(i) : "narrow" }, head || h("span", { class: "unseen" }, "choose"))))),
       h("tbody", {}, rows.map((cells) => h("tr", {}, cells.map((cell, i) => h("td", { class: side(i), "data-head": typeof heads[i] === "string" ? heads[i] : null }, cell))))),
     ));
 }

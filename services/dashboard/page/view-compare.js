@@ -18,7 +18,7 @@ export async function show(place, run, query) {
       if (event.target.checked) others.push(known.name);
       location.hash = link("compare", { with: others.join("\n") });
     } }), h("span", {}, known.name))));
-  const body = h("div", {});
+  const body = h("div", { class: "stack" });
   fill(place, h("h1", {}, "Compare"), pick, body);
   if (chosen.length < 2) { fill(body, h("p", { class: "quiet" }, runs.length < 2 ? "There is one run here; show a directory of runs to compare." : "Choose a second run.")); return {}; }
   const summaries = await Promise.all(chosen.map((one) => (one === name ? summary : get("run", { run: one }))));

@@ -7,12 +7,12 @@ import { said } from "./view-overview.js";
 
 export async function show(place, run) {
   const { name, link } = run;
-  const body = h("div", {});
+  const body = h("div", { class: "stack" });
   const draw = async () => {
     const [{ failures }, { events, counts }] = await Promise.all([get("failures", { run: name }), get("events", { run: name, level: "fault", most: 200 })]);
     const faults = counts.filter(({ level }) => level === "fault");
     fill(body,
-      h("section", { class: "card" }, h("h2", {}, "Scores that failed"), failures.length ? table("Failed scores by source and code", ["source", "code", "kind", "samples", "steps", "one of them said", ""], failures.map((one) => [
+      h("section", { class: "card" }, h("h2", {}, "Scores that failed"), failures.length ? table("Failed scores by source and code", ["source", "code", "kind", "samples", "steps", "one of them said", "sample"], failures.map((one) => [
         sourceName(one.source), h("strong", {}, one.code), one.kind ?? "–", h("a", { href: link("samples", { failed: one.source || "*", code: one.code }) }, number(one.count)), one.first === one.last ? number(one.first) : `${number(one.first)} to ${number(one.last)}`, one.message ?? "–",
         h("a", { href: link("sample", { sample: one.sample_id, step: one.step }) }, "example"),
       ]), { numeric: [3] }) : h("p", { class: "quiet" }, "Every score that was asked for is there.")),

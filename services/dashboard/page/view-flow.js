@@ -5,13 +5,13 @@ import { fill, h } from "./dom.js";
 import { together } from "./names.js";
 
 const CHARTS = [
-  ["staleness, steps", [["staleness/mean", "mean"], ["staleness/max", "max"]]],
+  ["staleness", [["staleness/mean", "mean"], ["staleness/max", "max"]]],
   ["groups waiting", [["queue/scored", "scored"], ["queue/generated", "generated"]]],
   ["idle share", [["idle/learner", "learner"], ["idle/rollouts", "rollouts"]]],
-  ["where a step's time goes, s", [["time/step_s", "step"], ["time/wait_batch_s", "waiting"], ["time/train_s", "training"], ["time/publish_s", "publishing"], ["time/evaluation_s", "evaluating"]]],
-  ["tokens/s", [["throughput/tokens_per_s", "response tokens"]]],
-  ["length, tokens", [["length/mean", "mean"], ["length/max", "max"], ["length/prompt_mean", "prompt"]]],
-  ["cut at the limit, share", [["length/truncated_share", "share"]]],
+  ["where a step's time goes", [["time/step_s", "step"], ["time/wait_batch_s", "waiting"], ["time/train_s", "training"], ["time/publish_s", "publishing"], ["time/evaluation_s", "evaluating"]]],
+  ["speed", [["throughput/tokens_per_s", "response tokens"]]],
+  ["length", [["length/mean", "mean"], ["length/max", "max"], ["length/prompt_mean", "prompt"]]],
+  ["cut at the limit", [["length/truncated_share", "share"]]],
   ["failed groups", [["ledger/failed", "failed"]]],
   ["incarnation", [["incarnation", "of the driver"], ["version/incarnation_max", "of the samples"]]],
   ["drift of rollouts to learner", [["drift/logprob_max", "log-probability"], ["drift/attention_max", "attention"]]],

@@ -12,7 +12,7 @@ export async function show(place, run, query) {
   if (!judges.length) { fill(place, h("h1", {}, "Verdicts"), h("p", { class: "quiet" }, "The recipe has no judge and no principle-following model among its sources.")); return {}; }
   const source = judges.find((judge) => judge.name === query.source) ?? judges[0];
   const recipe = summary.recipe?.reward?.sources?.[source.name] ?? {};
-  const body = h("div", {});
+  const body = h("div", { class: "stack" });
   const draw = async () => {
     const [found, histogram] = await Promise.all([get("verdicts", { run: name, source: source.name, only: query.only }), get("histogram", { run: name, source: source.name, bins: barsIn(body) - 2 })]);
     const compares = recipe.mode !== "rate" && source.kind === "judge";
