@@ -89,7 +89,7 @@ def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     stop_server(started)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright runs an event loop in this thread, which others want for themselves
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
