@@ -4,7 +4,6 @@ A run is named by its path below the directory that is shown, and looked up amon
 parameter is a path. Every answer follows from the index and the run's files.
 """
 
-import json
 import math
 import threading
 import time
@@ -22,6 +21,7 @@ from services.dashboard import curves, queries
 from services.dashboard.access import Access
 from services.dashboard.layout import (
     RunFiles,
+    encoded,
     find_runs,
     last_lines,
     listing,
@@ -122,10 +122,6 @@ class Answers:
                 while self._bytes > CACHED_BYTES:
                     self._bytes -= len(self._kept.popitem(last=False)[1])
         return Response(body, media_type="application/json")
-
-
-def encoded(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str).replace("NaN", "null").encode()
 
 
 def create_app(runs: Runs, *, token: str, hosts: Sequence[str]) -> FastAPI:

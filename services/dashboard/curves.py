@@ -129,6 +129,6 @@ def previewed(rows: Sequence[Mapping[str, Any]], name: str, low: int, high: int)
     pairs = [
         (int(row["step"]), float(row[name]))
         for row in rows
-        if isinstance(row.get(name), int | float) and low <= int(row["step"]) < high
+        if isinstance(row.get(name), int | float) and math.isfinite(row[name]) and low <= int(row["step"]) < high
     ]
     return {"width": 1, "step": [step for step, _ in pairs], "mean": [float(f"{value:.5g}") for _, value in pairs]}

@@ -8,6 +8,7 @@ read again, and of the shards those whose size or time is another.
 """
 
 import json
+import math
 import os
 import sqlite3
 import time
@@ -154,6 +155,7 @@ class Index:
         while self.reached.sampled < self.reached.steps and time.monotonic() < end and not self._behind():
             added = self._samples.add(self.reached.sampled)
             self.reached.sampled += 1
+            self.reached.damaged += self._samples.damaged
             change = Change(change.steps, change.events, change.samples + added, change.cut, change.more)
         if change or change.more:
             self._curves.flush()
@@ -271,5 +273,5 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(f"{value:.5g}")
         for name, value in row.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step" and value == value
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step" and math.isfinite(value)
     }

@@ -4,10 +4,11 @@ Read-only throughout: the run does not know that it is watched.
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -81,17 +82,19 @@ def _directories(parent: Path) -> list[Path]:
 
 def last_lines(path: Path, most: int) -> list[dict[str, Any]]:
     """The last whole rows of a JSONL file, without reading all of it; no more than its last 256 KiB hold."""
+    lines: list[bytes] = []
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            begin = max(0, size - TAIL_BYTES)
-            file.seek(begin)
-            data = file.read()
+            for length in (16 * 2**10, TAIL_BYTES):
+                begin = max(0, size - length)
+                file.seek(begin)
+                data = file.read(length)
+                lines = data[: data.rfind(b"\n") + 1].splitlines()[1 if begin else 0 :]
+                if len(lines) >= most or not begin:
+                    break
     except OSError:
         return []
-    lines = data[: data.rfind(b"\n") + 1].splitlines()
-    if begin:
-        lines = lines[1:]
     rows = [parsed(line) for line in lines[-most:]]
     return [row for row in rows if row is not None]
 
@@ -103,6 +106,28 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None  # pyright: ignore[reportUnknownVariableType]
+
+
+def encoded(value: Any) -> bytes:
+    """JSON for a browser, which knows no NaN: what is not finite becomes null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str, allow_nan=False).encode(
+            "utf-8", "replace"
+        )
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), default=str).encode(
+            "utf-8", "replace"
+        )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in cast(dict[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in cast(list[Any], value)]
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

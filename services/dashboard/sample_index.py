@@ -1,6 +1,7 @@
 """Samples in the index: a row each with what is filtered and sorted by, its scores, its flags and its words."""
 
 import json
+import math
 import os
 import sqlite3
 from collections.abc import Mapping
@@ -47,10 +48,12 @@ class SampleWriter:
         self._judges = {name for name, kind in kinds_of(config).items() if kind in JUDGES}
         last = database.execute("select max(id) from sample").fetchone()[0]
         self._next = int(last or 0) + 1
+        self.damaged = 0
         database.execute("insert or ignore into source values (?, '')", (REWARD,))
 
     def add(self, step: int) -> int:
-        """Reads the shard of a step, where there is one; returns its samples."""
+        """Reads the shard of a step, where there is one; returns its samples. `damaged` counts lines that are none."""
+        self.damaged = 0
         try:
             with self._run.shard(step).open("rb") as file:
                 samples: list[tuple[Any, ...]] = []
@@ -60,14 +63,20 @@ class SampleWriter:
                 place = 0
                 for line in file:
                     row = parsed(line) if line.endswith(b"\n") else None
-                    if row is not None and isinstance(row.get("sample_id"), str):
+                    try:
+                        if row is None or not isinstance(row.get("sample_id"), str):
+                            raise ValueError("no sample")
                         number = self._next
-                        self._next += 1
-                        samples.append(_sample_row(number, step, place, len(line), row))
-                        scores += self._score_rows(number, row)
-                        flags += [(number, str(flag)) for flag in row.get("flags") or ()]
-                        words.append((number, str(row.get("prompt", ""))[:LONGEST_TEXT],
-                                      str(row.get("response", ""))[:LONGEST_TEXT]))  # fmt: skip
+                        read = (_sample_row(number, step, place, len(line), row), self._score_rows(number, row))
+                    except (ValueError, TypeError, AttributeError, KeyError, IndexError):  # no row of ours
+                        self.damaged += 1
+                        place += len(line)
+                        continue
+                    self._next += 1
+                    samples.append(read[0])
+                    scores += read[1]
+                    flags += [(number, str(flag)) for flag in row.get("flags") or ()]
+                    words.append((number, _text(row.get("prompt")), _text(row.get("response"))))
                     place += len(line)
                 status = os.fstat(file.fileno())
         except FileNotFoundError:
@@ -142,12 +151,12 @@ def _sample_row(number: int, step: int, place: int, length: int, row: Mapping[st
         str(row.get("group_id", "")),
         place,
         length,
-        row.get("finish_reason"),
+        _text(row.get("finish_reason")) or None,
         len(row.get("response_ids") or ()),
         value,
         code,
-        row.get("advantage"),
-        row.get("kl_reference"),
+        _number(row.get("advantage")),
+        _number(row.get("kl_reference")),
         max((step - int(span[1]) for span in spans), default=None),
         max((int(span[0]) for span in spans), default=None),
         int(bool(attention.get("map_ref") or attention.get("map"))),
@@ -159,6 +168,15 @@ def _score(score: Any) -> tuple[float | None, str | None]:
     if not score:
         return None, "not_scored"
     if score.get("status") == "ok":
-        return score.get("value"), None
+        return _number(score.get("value")), None
     error: dict[str, Any] = score.get("error") or {}
     return None, str(error.get("code", "failed"))
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _text(value: Any) -> str:
+    """As SQLite can hold it: half a sign, which JSON may spell out, becomes a question mark."""
+    return str(value or "")[:LONGEST_TEXT].encode("utf-8", "replace").decode()

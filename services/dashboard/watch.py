@@ -7,7 +7,6 @@ connection goes on from `Last-Event-ID`. A page that cannot keep up, or comes ba
 """
 
 import asyncio
-import json
 import logging
 import sqlite3
 import threading
@@ -21,7 +20,7 @@ from typing import Any
 
 from services.dashboard.cache import Place, place_of
 from services.dashboard.index import Change, Index, numbers_of
-from services.dashboard.layout import RunFiles, status_of
+from services.dashboard.layout import RunFiles, encoded, status_of
 from services.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -166,7 +165,7 @@ class Watched:
             self._watchers.add(watcher)
         try:
             hello = {"steps": self.steps, "version": self.version, "progress": self.progress, "problem": self.problem}
-            yield b"id: %s.%d\nevent: hello\ndata: %s\n\n" % (self._epoch.encode(), number, json.dumps(hello).encode())
+            yield b"id: %s.%d\nevent: hello\ndata: %s\n\n" % (self._epoch.encode(), number, encoded(hello))
             if missed is None:
                 yield b"event: reset\ndata: {}\n\n"
             for message in missed or ():
@@ -206,10 +205,10 @@ class Watched:
         return len(self._watchers)
 
     def _tell(self, kind: str, data: Any) -> None:
-        encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        body = encoded(data)
         with self._lock:
             self._number += 1
-            message = Message(self._number, kind, encoded)
+            message = Message(self._number, kind, body)
             self._kept.append(message)
             watchers = list(self._watchers)
         for watcher in watchers:
@@ -251,10 +250,10 @@ class Watched:
         try:
             change = index.catch_up(SLICE_S)
             self.problem = None
-        except (OSError, sqlite3.Error) as error:
+        except Exception as error:  # whatever is wrong with a file: the page says it, and goes on showing what it has
             if self.problem is None:
-                log.warning("%s: %s", self.run.path, error)
-            self.problem = str(error)
+                log.warning("%s: %s: %s", self.run.path, type(error).__name__, error)
+            self.problem = f"{type(error).__name__}: {error}"
             return False
         before, self.progress = self.progress, progress_of(index, change)
         if change:

@@ -1,6 +1,7 @@
 """The index follows the files of a run: what grows, what is cut back, what was made anew."""
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from services.dashboard import curves, queries
 from services.dashboard.index import Index, preview_lines
-from services.dashboard.layout import RunFiles, find_runs, is_run, last_lines, state_of
+from services.dashboard.layout import RunFiles, encoded, find_runs, is_run, last_lines, state_of
 from services.dashboard.queries import Filter, search_text
 from services.dashboard.tail import Place, read_news
 from services.dashboard.tokens import map_rows, pieces_of, read_rows
@@ -145,6 +146,37 @@ def test_a_damaged_line_is_counted_and_passed_over(scene: Scene, opened: Opened)
     follow(index)
     assert index.reached.damaged == 3
     assert len(values(index, "reward/mean")) == 2
+
+
+def test_lines_of_a_shard_that_are_no_samples_are_counted_and_the_rest_is_read(scene: Scene, opened: Opened) -> None:
+    scene.step()
+    shard = scene.run.samples / "step_000000.jsonl"
+    whole = shard.read_text().splitlines()
+    strange = [
+        "no JSON",
+        '{"sample_id": 7}',
+        '{"sample_id": "a", "scores": [1]}',
+        '{"sample_id": "b", "policy_versions": [3]}',
+        '{"sample_id": "half", "response": "half \\ud83d sign", "advantage": NaN, '
+        '"reward": {"status": "ok", "value": "x"}}',
+    ]
+    shard.write_text("".join(line + "\n" for line in [*strange, *whole]) + '{"sample_id": "torn"')
+    index = opened()
+    follow(index)
+    assert index.reached.damaged == 5
+    rows = found(index)
+    assert rows[0]["sample_id"] == "half"
+    assert len(rows) == 1 + SAMPLES
+    assert (rows[0]["response"], rows[0]["advantage"], rows[0]["reward"]) == ("half ? sign", None, None)
+    with closing(index_reader(index)) as database:
+        step, place, length = queries.place_of_sample(database, rows[-1]["sample_id"], None) or (0, 0, 0)
+    assert read_rows(index.run, [(step, place, length)])[0]["sample_id"] == rows[-1]["sample_id"]
+
+
+def test_what_is_no_number_is_null_for_a_browser_and_text_stays_text() -> None:
+    said = {"text": "NaN is NaN", "value": math.nan, "all": [math.inf, 1.5, (None, "Infinity")]}
+    assert json.loads(encoded(said)) == {"text": "NaN is NaN", "value": None, "all": [None, 1.5, [None, "Infinity"]]}
+    assert json.loads(encoded({"a": "\ud83d"}))["a"] == "?"
 
 
 def test_filters_and_search(scene: Scene, opened: Opened) -> None:
