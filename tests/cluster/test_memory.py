@@ -7,12 +7,24 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from cluster.memory import Item, Need, Shape, Training, activation_bytes, kv_token_bytes, learner_need
+from cluster.memory import (
+    Item,
+    Need,
+    Shape,
+    Training,
+    activation_bytes,
+    capture_bytes,
+    kv_token_bytes,
+    learner_need,
+)
 from cluster.needs import files_of, needs_of
 from cluster.plan import parts_of
 from cluster.recipe import resolve
 from cluster.shapes import saved_parameters, shape_of
 from rollout.cache_size import BLOCK_SIZE_CPU, CPU_CACHE_BYTES, cpu_cache_bytes
+from rollout.kv_cache import new_cache
+from rollout.vllm_capture.buffers import LayerShape
+from rollout.vllm_capture.capture import Capture
 from services.errors import UserError
 from services.models_config import PolicySection
 
@@ -139,6 +151,31 @@ def test_a_cache_has_room_for_every_row_at_its_longest() -> None:
     assert token == 2 * 2 * 2 * 32 * 4
     assert cpu_cache_bytes(token, longest=96, rows=8) == 8 * (96 + BLOCK_SIZE_CPU) * token
     assert cpu_cache_bytes(token, longest=10**6, rows=10**4) == CPU_CACHE_BYTES
+
+
+def test_a_cache_of_the_transformers_engine_is_what_was_predicted() -> None:
+    shape = Shape(0, 3, 64, 4, 2, 16, 256, 50)
+    rows, capacity = 5, 40
+    layers = new_cache(shape.layers, capacity, cross=False).layers
+    for layer in layers:
+        layer.update(*(torch.zeros(rows, shape.kv_heads, 7, shape.head_dim) for _ in range(2)))  # of seven tokens
+    held = sum(each.untyped_storage().nbytes() for layer in layers for each in (layer.keys, layer.values))
+    assert held == rows * capacity * kv_token_bytes(shape.layers, shape.kv_heads, shape.head_dim, 4)
+
+
+def test_the_captures_buffers_are_what_was_predicted() -> None:
+    shape = Shape(0, 3, 64, 4, 2, 16, 256, 50)
+    slots, longest, cached = 8, 96, 320
+    layers = [LayerShape(f"l{i}", shape.heads, shape.kv_heads, shape.head_dim, 1.0, (1.0,) * 4) for i in range(2)]
+    capture = Capture(
+        layers, total=8.0, dtype=torch.float32, most_requests=slots, longest=longest, block_size=32,
+        copied_block_size=32, paged_tokens=cached,
+    )  # fmt: skip
+    for _ in range(slots):
+        capture._slots.take()
+    capture._slots.reserve(longest)
+    predicted = capture_bytes(shape, len(layers), slots=slots, longest=longest, cached=cached, size=4)
+    assert (capture.nbytes["slots"], capture.nbytes["shadow"]) == predicted
 
 
 def test_every_part_of_a_plan_has_its_need(tiny_decoder: Path) -> None:

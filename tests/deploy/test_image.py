@@ -54,7 +54,8 @@ def test_what_the_image_leaves_out_is_needed_by_nothing_that_runs() -> None:
     for target in ("cpu", "gpu"):
         lock = (ROOT / "requirements" / f"{target}.lock").read_text(encoding="utf-8")
         assert removed <= {line.partition("==")[0] for line in lock.splitlines()}
-    tools = {Requirement(line).name for line in PROJECT["project"]["optional-dependencies"]["dev"]} - {"attune"}
+    extras = PROJECT["project"]["optional-dependencies"]
+    tools = {Requirement(line).name for line in (*extras["dev"], *extras["docs"])} - {"attune"}
     assert tools <= removed
 
 

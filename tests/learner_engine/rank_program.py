@@ -116,7 +116,11 @@ def held(job: Job, rank: int) -> dict[str, Any]:
     optimizer: Any = worker.engine._optimizer
     assert worker._reference is not None
     moments = [v for state in optimizer.optimizer.state.values() for k, v in state.items() if k.startswith("exp_avg")]
+    saved = Path(job["directory"]) / "held"
+    worker.save_checkpoint(str(saved))
+    [own] = saved.rglob(f"*_pp_rank_{rank}_*optim_states.pt")
     return {
+        "checkpoint": own.stat().st_size,
         "parameters, partition": sum(p.ds_tensor.nbytes for p in worker.engine.policy.parameters()),  # type: ignore[attr-defined]
         "gradients, partition": optimizer.grad_partitions_flat_buffer.nbytes,
         "float32 master, partition": sum(flat.nbytes for flat in optimizer.fp32_partitioned_groups_flat),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.memory import Need
+from cluster.memory import FLOAT32, Need, checkpoint_bytes
 from cluster.needs import needs_of
 from cluster.plan import parts_of
 from cluster.recipe import resolve
@@ -34,7 +34,10 @@ def test_partitions_are_what_was_predicted(model_dirs: dict[str, str], tmp_path:
         for model, learner in MODELS.items()
     }
     for model, held in run_ranks(jobs, RANKS, tmp_path).items():
+        saved = held.pop("checkpoint")
         items = {item.name: item.bytes for item in predicted(jobs[model], model_dirs[model]).items}
         assert {name: items[name] for name in held} == {
             name: pytest.approx(bytes, rel=PADDING) for name, bytes in held.items()
         }
+        trained = RANKS * held["float32 master, partition"] // FLOAT32
+        assert checkpoint_bytes(trained, kept=1) / RANKS == pytest.approx(saved, rel=0.1)  # and what pickle adds

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 900.0
+TRIES = 4
+MEMORY = {"object_store_memory": 80 * 2**20}
 
 
 def until(what: str, condition: Callable[[], Any]) -> Any:
@@ -43,12 +45,24 @@ def places(of: str) -> list[str]:
     ]
 
 
-def main(recipe: str, run: Path, add_back: bool) -> dict[str, Any]:
+def start_cluster() -> tuple[Any, list[Any]]:
+    """The head and its two nodes. Ray gives a raylet 30 s to come up, whatever the machine has to do: a few tries."""
     from ray.cluster_utils import Cluster
 
-    memory = {"object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
-    nodes = [cluster.add_node(num_cpus=2, **memory) for _ in range(2)]
+    for left in reversed(range(TRIES)):
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=0, include_dashboard=False, **MEMORY)
+            return cluster, [cluster.add_node(num_cpus=2, **MEMORY) for _ in range(2)]
+        except Exception as error:  # Ray raises no narrower one
+            cluster.shutdown()
+            if not left or "timed out during startup" not in str(error):
+                raise
+    raise AssertionError(TRIES)
+
+
+def main(recipe: str, run: Path, add_back: bool) -> dict[str, Any]:
+    cluster, nodes = start_cluster()
     import ray
 
     ray.init(address=cluster.address, log_to_driver=False)
@@ -68,7 +82,7 @@ def main(recipe: str, run: Path, add_back: bool) -> dict[str, Any]:
             until(
                 "the run to say that it waits", lambda: "waiting_for_room" in events(run) or driver.poll() is not None
             )
-            cluster.add_node(num_cpus=2, **memory)
+            cluster.add_node(num_cpus=2, **MEMORY)
         said, _ = driver.communicate(timeout=SECONDS)
     finally:
         if driver.poll() is None:
