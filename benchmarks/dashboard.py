@@ -21,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ PAGES = 10
 TOKENS = 32
 """Of a response of the large run."""
 POOL = 256
+MOST_STEPS = 4000
 WAIT_S = 900.0
 """Longest wait for an index, or for a training run."""
 METRICS = tuple(f"{prefix}/{name}" for prefix in ("reward", "policy", "time", "length", "value", "drift") for name in
@@ -61,8 +63,8 @@ class Size:
     windows: int
 
 
-FULL = Size(steps=50_000, samples=2, asked=40, window=6, windows=6)
-QUICK = Size(steps=2_000, samples=2, asked=10, window=2, windows=2)
+FULL = Size(steps=50_000, samples=2, asked=40, window=30, windows=6)
+QUICK = Size(steps=2_000, samples=2, asked=10, window=5, windows=2)
 
 
 def write_run(path: Path, size: Size) -> int:
@@ -265,6 +267,8 @@ class Watching(threading.Thread):
                     self.without.append(range(begin, begin + self.size.window))
         except Exception as error:
             self.problem = error
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # the run ends cleanly, by its own rule
 
     def watched(self) -> None:
         with serving(self.run_path, self.cache) as (origin, token, process):
@@ -308,8 +312,8 @@ def measure_run(size: Size, root: Path) -> dict[str, float]:
     from cluster.run_dir import read_jsonl
 
     skip = 3
-    most = skip + size.windows * (size.window + 6)
-    scale = pipeline.Size(steps=most, runs=(1,), groups_per_step=4, max_tokens=24, prompts=2000)
+    # More than are needed: how many pass while ten pages open is not known. The watcher ends the run.
+    scale = pipeline.Size(steps=MOST_STEPS, runs=(1,), groups_per_step=4, max_tokens=24, prompts=MOST_STEPS)
     pipeline.build_policy(True, scale, root / "policy")
     config = resolve(
         apply_overrides(pipeline.recipe(scale, root / "policy", 1).model_dump(mode="json"), ["run.max_staleness=1"]),
@@ -329,7 +333,7 @@ def measure_run(size: Size, root: Path) -> dict[str, float]:
 
     with_pages, without = walls(watching.with_pages), walls(watching.without)
     if not with_pages or not without:
-        raise RuntimeError("the run ended before both had steps: give it more")
+        raise RuntimeError("the run ended before both had steps")
     return {
         "step_s_no_page": median(without), "step_s_ten_pages": median(with_pages),
         "step_ratio": median(with_pages) / median(without), "steps_no_page": len(without),
