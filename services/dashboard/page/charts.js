@@ -47,6 +47,7 @@ export class Board {
     this.sized = new ResizeObserver((entries) => { for (const entry of entries) this.charts.get(entry.target.closest("figure"))?.resize(); });
     this.load = later(20, () => this.fetch());
     this.refresh = atMost(REFRESH_MS, () => { if (!document.hidden) this.reload(); else this.stale = true; });
+    this.soon = atMost(1000, () => this.redraw()); // a run of many steps a second is not drawn as often
     this.shown = () => { if (!document.hidden && this.stale) { this.stale = false; this.reload(); } };
     document.addEventListener("visibilitychange", this.shown);
     this.themed = () => this.redraw();
@@ -116,7 +117,7 @@ export class Board {
         curve.mean.push(value);
       }
     }
-    this.redraw();
+    this.soon();
   }
 
   redraw() { for (const chart of this.charts.values()) if (chart.visible) chart.draw(); }
@@ -125,6 +126,7 @@ export class Board {
     this.closed = true;
     this.load.cancel();
     this.refresh.cancel();
+    this.soon.cancel();
     this.seen.disconnect();
     this.sized.disconnect();
     document.removeEventListener("visibilitychange", this.shown);
