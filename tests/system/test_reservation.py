@@ -1,10 +1,12 @@
-"""Room for the learner's ranks: all of it or none, given back when it is not found in time or no longer needed."""
+"""Room for the learner's ranks: all of it or none, given back when it is not found in time or no longer needed.
+
+Ray is imported late: it reads its token mode then, and `ray_session` sets it.
+"""
 
 import time
 from typing import Any
 
 import pytest
-import ray
 
 from cluster.plan import Part
 from cluster.reservation import reserve
@@ -12,10 +14,14 @@ from cluster.reservation import reserve
 
 class Rank:
     def node(self) -> str:
+        import ray
+
         return ray.get_runtime_context().get_node_id()
 
 
 def free_cpus() -> float:
+    import ray
+
     return float(ray.available_resources().get("CPU", 0.0))
 
 
@@ -28,6 +34,8 @@ def until_free(cpus: float) -> None:
 
 @pytest.mark.usefixtures("ray_session")  # one node of 4 CPUs
 def test_room_is_all_or_none_and_given_back() -> None:
+    import ray
+
     until_free(4)
     looked: list[float] = []
     part = Part("learner", 2, 1.5, apart="pack")
