@@ -41,6 +41,8 @@ def ray_cluster(section: ClusterSection) -> Iterator[Any]:
     if not address:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Of calls that have ended, Ray keeps 100,000 to be looked at: 250 MB after two hours of small steps.
+        os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
     try:
         import ray
     except ImportError as error:
