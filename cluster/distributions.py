@@ -14,7 +14,7 @@ from services.vocabulary import LENGTH_BOUNDS, REWARD_BOUNDS, STALENESS_BOUNDS
 def histograms(groups: Sequence[Group], step: int) -> dict[str, Histogram]:
     """Rewards, scores by source, lengths and staleness of the samples that are trained on, by their keys in
     metrics.jsonl."""
-    samples = _rewarded(groups)
+    samples = rewarded(groups)
     scores: dict[str, list[float]] = {}
     for sample in samples:
         for name, score in sample.scores.items():
@@ -49,7 +49,8 @@ def failure_metrics(groups: Sequence[Group], failed_groups: Mapping[str, Failure
     return {name: float(count) for name, count in sorted(counts.items())}
 
 
-def _rewarded(groups: Sequence[Group]) -> list[Sample]:
+def rewarded(groups: Sequence[Group]) -> list[Sample]:
+    """The samples that have a reward."""
     return [
         sample
         for group in groups

@@ -137,7 +137,7 @@ def learner_need(shape: Shape, training: Training, base: int) -> Need:
         ),
         Item("bucket of published weights", min(training.publish_bytes, shape.parameters * size), lasting=False),
     )
-    return Need(items, loading=max(shape.parameters + training.value, shape.parameters) * size)
+    return Need(items, loading=(shape.parameters + training.value) * size)
 
 
 def largest(shape: Shape) -> int:

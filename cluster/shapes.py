@@ -1,6 +1,7 @@
 """A model's shape from its config.json alone: it is built on torch's meta device, where a tensor has no bytes."""
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,4 @@ def _elements(file: Path) -> int:
     """The header of a safetensors file: 8 bytes of its length, then JSON, a shape a tensor."""
     with file.open("rb") as opened:
         header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
-    return sum(_product(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.distributions import rewarded
 from cluster.history import History
 from services.records import Group
 from services.stream.account import Account
@@ -69,15 +70,10 @@ def reward_revisions(groups: Sequence[Group]) -> list[str]:
 
 def silent_sources(groups: Sequence[Group]) -> dict[str, str]:
     """Optional sources that scored none of the samples that have a reward, each with the first failure it gave."""
-    rewarded = [
-        sample
-        for group in groups
-        for sample in group.samples
-        if sample.reward is not None and sample.reward.status == "ok"
-    ]
+    samples = rewarded(groups)
     found: dict[str, str] = {}
-    for name in sorted({name for sample in rewarded for name in sample.scores}):
-        scores = [sample.scores[name] for sample in rewarded if name in sample.scores]
+    for name in sorted({name for sample in samples for name in sample.scores}):
+        scores = [sample.scores[name] for sample in samples if name in sample.scores]
         if all(score.status == "failed" for score in scores):
             error = scores[0].error
             found[name] = "failed" if error is None else f"{error.code}: {error.message}"

@@ -4,7 +4,6 @@ A panel stands for a question. What a bad answer looks like comes from the vocab
 docs/metrics.md say the same.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -14,10 +13,10 @@ from typing import Any
 from grafana_panels import Board, Panel
 from grafana_run import FLOW, RUN_VARIABLES, TRAINING
 from grafana_server import REWARD_SERVER
+from written import ROOT, write_or_check
 
 from services.vocabulary import ACTOR_METRICS, STEP
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "deploy" / "grafana"
 
 BOARDS = (TRAINING, FLOW, REWARD_SERVER)
@@ -140,21 +139,5 @@ def files() -> dict[Path, str]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 where a dashboard is not what would be written")
-    written = files()
-    if parser.parse_args().check:
-        stale = [str(path.relative_to(ROOT)) for path, text in written.items()
-                 if not path.exists() or path.read_text(encoding="utf-8") != text]  # fmt: skip
-        if stale:
-            print(f"not what the panels say, run `make docs`: {', '.join(stale)}", file=sys.stderr)
-        return 1 if stale else 0
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for path, text in written.items():
-        path.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(files(), __doc__))

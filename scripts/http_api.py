@@ -1,14 +1,13 @@
 """Writes docs/http-api.md from docs/openapi/reward_server.json, for readers; `--check` compares it."""
 
-import argparse
 import json
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from written import ROOT, write_or_check
+
 DOCUMENT = ROOT / "docs" / "openapi" / "reward_server.json"
 PAGE = ROOT / "docs" / "http-api.md"
 
@@ -117,17 +116,5 @@ def text() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 where the file is not what would be written")
-    if parser.parse_args().check:
-        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text():
-            return 0
-        print(f"{PAGE.relative_to(ROOT)} is not what the document says: run `make docs`", file=sys.stderr)
-        return 1
-    PAGE.write_text(text(), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check({PAGE: text()}, __doc__))

@@ -1,17 +1,16 @@
 """Writes docs/metrics.md from the vocabulary and the reward server's registry; `--check` compares it."""
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import get_args
+
+from written import ROOT, write_or_check
 
 from cluster.evaluation_config import METRICS, Decoding
 from reward_server.metrics import Metrics
 from services.records import GroupState
 from services.vocabulary import ACTOR_METRICS, COMMON_LABELS, NONDETERMINISTIC, RAY_PREFIX, STEP, Metric
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "metrics.md"
 
 HEAD = f"""# Metrics
@@ -142,18 +141,5 @@ def row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 where the page is not what would be written")
-    text = page()
-    if parser.parse_args().check:
-        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
-            return 0
-        print(f"{PAGE.relative_to(ROOT)} is not what the vocabulary says: run `make docs`", file=sys.stderr)
-        return 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check({PAGE: page()}, __doc__))
