@@ -6,6 +6,7 @@ run knows, the run goes back to its last commit (`LedgerBehind`).
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 from cluster.config import Config
 from cluster.feed import Feed
@@ -17,7 +18,7 @@ from cluster.training_data import TrainingData
 from services.errors import Deadline
 from services.records import Group
 from services.stream.errors import LedgerError
-from services.stream.ledger import Ledger
+from services.stream.ledger import Ledger, Settled
 
 FAILURE_SLACK = 2
 """Batches of prompts with their payload in the ledger beyond the admission limit, to stand in for failed groups."""
@@ -31,6 +32,8 @@ class Batches:
         self._run = run
         self._history = history
         self._ledger = ledger
+        self._done_before = history.epochs_committed()
+        self._settled = 0
         self.feed = Feed(
             data.splits.train,
             seed=config.run.seed,
@@ -44,7 +47,21 @@ class Batches:
 
     def reconcile(self) -> None:
         """The ledger becomes the projection of the manifest, before any lease."""
-        self._ledger.claim()
+        ledger, history = self._ledger, self._history
+        ledger.claim()
+        settled = ledger.settled()
+        if settled != history.settled(settled.epochs):
+            # The commit that this run goes on from is older than what was settled after a later one.
+            self._run.event(
+                "ledger_forgotten", why="it has settled groups that are not in the commit", had=asdict(settled)
+            )
+            ledger.forget()
+            ledger.claim()
+            settled = Settled()
+        if any(ledger.counts().values()):
+            self.feed.begin_after(settled.epochs)
+        else:
+            self.feed.settle(ledger, history.settled(history.epochs_committed()))
         self._register()
         report = self._ledger.reconcile(self._history.steps, self._history.failed)
         self._run.event("reconciled", **report)
@@ -114,9 +131,16 @@ class Batches:
             self._ledger.wait_scored(int(POLL_S * 1000))
 
     def commit(self, steps: Mapping[int, Sequence[str]]) -> None:
-        """Tells the ledger what a commit contains. Raises LedgerBehind; the commit is valid."""
+        """Tells the ledger what a commit contains. Raises LedgerBehind; the commit is valid.
+
+        Epochs that were done in the commit before it are settled: should this one be damaged, the ledger fits that one.
+        """
         try:
             self._ledger.commit(steps)
+            if self._done_before > self._settled:
+                self.feed.settle(self._ledger, self._history.settled(self._done_before))
+                self._settled = self._done_before
+            self._done_before = self._history.epochs_committed()
         except LedgerError as error:
             raise LedgerBehind(f"the ledger cannot be told of a commit: {error}") from error
 

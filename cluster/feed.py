@@ -7,8 +7,8 @@ a restart finds the same order without having stored it.
 import math
 from collections.abc import Sequence
 
-from services.records import Prompt, group_id_of
-from services.stream.ledger import Ledger
+from services.records import Prompt, epoch_of, group_id_of
+from services.stream.ledger import Ledger, Settled
 from services.text.order import epoch_order
 
 
@@ -40,6 +40,7 @@ class Feed:
         self._seed = seed
         self._epochs = epochs
         self._registered = 0
+        self._settled = 0
         self._by_group: dict[str, Prompt] = {}
         self.groups_per_step = groups_per_step
         self.total_groups = epochs * len(prompts)
@@ -53,8 +54,19 @@ class Feed:
 
     def register_again(self, ledger: Ledger) -> None:
         """Registers what was registered before, in a ledger that may have lost it."""
-        for epoch in range(self._registered):
+        for epoch in range(self._settled, self._registered):
             self._register_epoch(ledger, epoch)
+
+    def settle(self, ledger: Ledger, done: Settled) -> None:
+        """Drops the first epochs, all of whose groups are done in a manifest, here and in the ledger."""
+        ledger.settle(done, done.epochs * len(self._prompts))
+        self.begin_after(done.epochs)
+
+    def begin_after(self, epochs: int) -> None:
+        """The first `epochs` epochs are settled: nothing of them is registered any more."""
+        self._settled = max(self._settled, epochs)
+        self._registered = max(self._registered, epochs)
+        self._by_group = {group: prompt for group, prompt in self._by_group.items() if epoch_of(group) >= epochs}
 
     def _register_epoch(self, ledger: Ledger, epoch: int) -> None:
         groups = groups_of_epoch(self._prompts, self._seed, epoch)

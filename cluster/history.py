@@ -16,7 +16,8 @@ from cluster.config import Config
 from cluster.run_dir import RunDir
 from learner.commit import Commit, latest_committed, read_commit, set_aside_after
 from services.errors import UserError
-from services.records import Failure
+from services.records import Failure, epoch_of
+from services.stream.account import Settled
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,19 @@ class History:
         while self.steps_done - 1 - count in self.skipped:
             count += 1
         return count
+
+    def epochs_committed(self) -> int:
+        """Epochs of which every group is committed or has failed: batches are taken in lease order, epoch by epoch."""
+        return epoch_of(self.steps[self.committed_steps - 1][-1]) if self.committed_steps else 0
+
+    def settled(self, epochs: int) -> Settled:
+        """How many groups of the first `epochs` epochs are committed, and how many have failed."""
+        committed = (group for step in range(self.committed_steps) for group in self.steps[step])
+        return Settled(
+            epochs,
+            committed=sum(epoch_of(group) < epochs for group in committed),
+            failed=sum(epoch_of(group) < epochs for group in self.failed),
+        )
 
     def manifest(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,7 @@ writing it and telling the ledger.
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from cluster.run_dir import RunDir, read_jsonl
 from learner.commit import latest_manifest
 from services.errors import UserError
 from services.records import Failure, GroupState
-from services.stream.account import STATES, Account, GroupRow
+from services.stream.account import STATES, Account, GroupRow, Settled
 from services.stream.connect import address_of, connect
 from services.stream.embedded import EmbeddedRedis, address_in
 from services.stream.errors import StreamUnavailable
@@ -90,6 +90,7 @@ class _Found:
     committed: set[str]
     counters: dict[str, int] = field(default_factory=dict)
     now: float = field(default_factory=time.time)
+    settled: Settled = field(default_factory=Settled)
 
 
 def account_of(path: Path, *, names: bool) -> RunAccount:
@@ -109,6 +110,7 @@ def account_of(path: Path, *, names: bool) -> RunAccount:
     manifest, problems = latest_manifest(path)  # after the ledger: it is never older than what that tells of it
     notes += problems
     _lay_over(found, manifest)
+    _name_unsettled(run, found, notes)
     counts = {str(state): 0 for state in STATES}
     counts["committed"] = len(found.committed)
     for row in found.rows.values():
@@ -186,23 +188,31 @@ def _server_on_copy(log: Path) -> Iterator[str]:
 def _read(account: Account, source: str) -> _Found:
     states = account.states()
     rows = {row.group_id: row for state in UNCOMMITTED for row in account.rows(state, states[state])}
-    return _Found(source, rows, set(states["committed"]), account.counters(), account.now())
+    return _Found(source, rows, set(states["committed"]), account.counters(), account.now(), account.settled())
 
 
 def _from_recipe(run: RunDir, notes: list[str]) -> _Found:
     found = _Found("the last commit and the recipe's prompts", {}, set())
+    manifest, _ = latest_manifest(run.path)
+    done = 0 if manifest is None else sum(map(len, manifest["steps"].values())) + len(manifest["failed"])
+    found.rows.update(
+        (row.group_id, row)
+        for row in _pending(run, lambda prompts, epochs: epochs_registered(prompts, epochs, done), notes)
+    )
+    return found
+
+
+def _pending(run: RunDir, epochs: Callable[[int, int], int], notes: list[str]) -> Iterator[GroupRow]:
+    """The recipe's prompts as groups of the first `epochs(prompts, epochs of the run)` epochs."""
     try:
         config = _config_of(run)
         prompts = load_prompts(config.data).train
     except (UserError, StreamUnavailable) as error:
         notes.append(f"the prompts that are in no commit cannot be named: {error}")
-        return found
-    manifest, _ = latest_manifest(run.path)
-    done = 0 if manifest is None else sum(map(len, manifest["steps"].values())) + len(manifest["failed"])
-    for epoch in range(epochs_registered(len(prompts), config.run.epochs, done)):
+        return
+    for epoch in range(epochs(len(prompts), config.run.epochs)):
         for group_id, order, _ in groups_of_epoch(prompts, config.run.seed, epoch):
-            found.rows[group_id] = GroupRow(group_id, "pending", epoch, order, 0, None, None, None, None)
-    return found
+            yield GroupRow(group_id, "pending", epoch, order, 0, None, None, None, None)
 
 
 def _lay_over(found: _Found, manifest: Mapping[str, Any] | None) -> None:
@@ -217,6 +227,15 @@ def _lay_over(found: _Found, manifest: Mapping[str, Any] | None) -> None:
     for group_id, failure in ({} if manifest is None else manifest["failed"]).items():
         row = found.rows.get(group_id) or GroupRow(group_id, "failed", *_place(group_id), 0, None, None, None, None)
         found.rows[group_id] = replace(row, state="failed", owner=None, failure=Failure.model_validate(failure))
+
+
+def _name_unsettled(run: RunDir, found: _Found, notes: list[str]) -> None:
+    """Names the groups that the ledger has dropped as done in a commit, where that commit is damaged or removed."""
+    epochs = found.settled.epochs
+    known = found.committed | found.rows.keys()
+    if sum(_place(group_id)[0] < epochs for group_id in known) < found.settled.committed + found.settled.failed:
+        lost = (row for row in _pending(run, lambda *_: epochs, notes) if row.group_id not in known)
+        found.rows.update((row.group_id, replace(row, failure=_GONE)) for row in lost)
 
 
 def _place(group_id: str) -> tuple[int, int]:

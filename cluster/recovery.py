@@ -73,6 +73,7 @@ class Recovery:
         batch = None if self.batch is None or self.batch[0] in committed else self.batch
         ledger.forget()
         ledger.claim()
+        self._feed.settle(ledger, history.settled(history.epochs_committed()))
         self._feed.register_again(ledger)
         ledger.rebuild(committed, history.failed, trained, batch)
         self._feed.top_up(ledger, self._window)

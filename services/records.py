@@ -182,5 +182,9 @@ def group_id_of(epoch: int, prompt_id: str) -> str:
     return f"{epoch}:{prompt_id}"
 
 
+def epoch_of(group_id: str) -> int:
+    return int(group_id.partition(":")[0])
+
+
 def sample_id_of(group_id: str, index: int) -> str:
     return f"{group_id}:{index}"

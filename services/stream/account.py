@@ -31,6 +31,18 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """The first `epochs` epochs, all of whose groups are done in a manifest: how many were committed, how many failed.
+
+    The ledger holds these numbers in their place, so that it does not grow with the length of a run.
+    """
+
+    epochs: int = 0
+    committed: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True)
 class GroupRow:
     """One line of the account: where a group is, and why it is not committed. Of a committed one little is kept."""
 
@@ -76,9 +88,23 @@ class Account:
         self._prefix = f"attune:{{{run_id}}}:"
 
     def counts(self) -> dict[str, int]:
-        """Groups by state; every state is there."""
-        replies = self._calls.commands([("ZCARD", self._key(f"state:{state}")) for state in STATES])
-        return dict(zip(STATES, map(int, replies), strict=True))
+        """Groups by state; every state is there. Settled groups are among them."""
+        reads = [("ZCARD", self._key(f"state:{state}")) for state in STATES]
+        settled, *replies = self._calls.commands([self._settled_read, *reads])  # MULTI is refused where memory is out
+        counts = dict(zip(STATES, map(int, replies), strict=True))
+        _, committed, failed = settled
+        return counts | {
+            "committed": counts["committed"] + int(committed or 0),
+            "failed": counts["failed"] + int(failed or 0),
+        }
+
+    def settled(self) -> Settled:
+        """What is done and no longer there group by group."""
+        return Settled(*(int(value or 0) for value in self._calls.command(*self._settled_read)))
+
+    @property
+    def _settled_read(self) -> tuple[str, ...]:
+        return ("HMGET", self._key("settled"), "epochs", "committed", "failed")
 
     def counters(self) -> dict[str, int]:
         """Events since the run began; those that never happened are absent.
@@ -96,7 +122,7 @@ class Account:
         return Gate(PolicyVersion(int(fields[0]), int(fields[1])), text(fields[2]), int(fields[3]))
 
     def ids(self, state: GroupState, limit: int | None = None) -> list[str]:
-        """The groups in a state, in lease order."""
+        """The groups in a state, in lease order, but for settled ones."""
         if limit == 0:
             return []
         return [
@@ -105,7 +131,7 @@ class Account:
         ]
 
     def states(self) -> dict[GroupState, Sequence[str]]:
-        """Every group, by its state at one moment, in lease order."""
+        """Every group that is not settled, by its state at one moment, in lease order."""
         reads = [("ZRANGE", self._key(f"state:{state}"), 0, -1) for state in STATES]
         replies = self._calls.commands(reads, at_once=True)
         return {state: [text(i) for i in ids] for state, ids in zip(STATES, replies, strict=True)}

@@ -22,7 +22,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from services.stream.errors import LedgerError, LedgerLost, StreamFull, StreamLost, StreamUnavailable
+from services.stream.errors import LedgerError, LedgerForgetting, LedgerLost, StreamFull, StreamLost, StreamUnavailable
 
 T = TypeVar("T")
 Argument = str | int | float | bytes
@@ -108,6 +108,8 @@ def _translated(error: ResponseError, where: str) -> Exception:
         return LedgerError(text.removeprefix("LEDGER "))
     if text.startswith("LOST "):
         return LedgerLost(f"{where}: {text.removeprefix('LOST ')}")
+    if text.startswith("FORGETTING "):
+        return LedgerForgetting(f"{where}: {text.removeprefix('FORGETTING ')}")
     if text.startswith("MISCONF") or "OOM command not allowed" in text:
         return StreamFull(f"{where} refuses writes: {text}")
     return error

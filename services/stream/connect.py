@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.exceptions import AuthenticationError, AuthorizationError, BusyLoadingError, RedisError
 from redis.retry import Retry
 
 from services.stream.errors import StreamUnavailable
@@ -29,7 +29,7 @@ def address_of(url: str) -> str:
 def connect(url: str, deadline_s: float = 10.0, *, socket_timeout_s: float = 5.0) -> redis.Redis:
     """A client (thread-safe, bytes in and out) of a Redis that answers, is new enough and lets us in.
 
-    Waits up to `deadline_s` for a server that is still starting. Raises StreamUnavailable.
+    Waits up to `deadline_s` for a server that is still starting, or loading its data. Raises StreamUnavailable.
     """
     where = address_of(url)
     client = redis.Redis.from_url(  # pyright: ignore[reportUnknownMemberType]
@@ -46,7 +46,9 @@ def connect(url: str, deadline_s: float = 10.0, *, socket_timeout_s: float = 5.0
     while True:
         try:
             info = cast(dict[str, Any], client.execute_command("INFO"))  # pyright: ignore[reportUnknownMemberType]
-            break
+            if not int(info.get("loading", 0)):
+                break
+            raise BusyLoadingError("it still loads its data")  # INFO it answers all the same, and little else
         except (AuthenticationError, AuthorizationError) as error:
             client.close()
             raise StreamUnavailable(f"Redis at {where} refuses the password or user: {error}") from None

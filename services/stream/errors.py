@@ -25,3 +25,7 @@ class LedgerLost(LedgerError):  # noqa: N818
 
 class CodecError(Exception):
     """Bytes that are not a record of this schema version."""
+
+
+class LedgerForgetting(LedgerLost):
+    """The run's keys are being removed, or whoever began that has died: nothing may be written meanwhile."""

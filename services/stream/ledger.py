@@ -12,8 +12,9 @@ Invariants, and where each is kept:
    and only to an owner that has loaded the gate's version. A batch is the next groups in that order: none is overtaken,
    a failed one is replaced by the next leased. Groups older than allowed are generated again and counted, never trained
    on.
-
-4. What the driver writes is a chain of calls: Redis keeps the name of the last, and a call that does not follow on it
+4. Groups of an epoch that is done as a whole are dropped from the ledger and stay in its numbers (`settle`): what it
+   holds is bounded by the epochs under way, not by the length of the run.
+5. What the driver writes is a chain of calls: Redis keeps the name of the last, and a call that does not follow on it
    is refused. So a Redis that came back empty, or without its last second, is noticed by the first call that could
    build on what is lost; `on_lost` then makes the ledger anew from what the driver knows, and the call is made again.
 
@@ -30,14 +31,14 @@ from uuid import uuid4
 import redis
 
 from services.records import Failure, Group, Lease, PolicyVersion, Prompt
-from services.stream.account import STATES, Account, Gate, GroupRow, chunks, text
+from services.stream.account import STATES, Account, Gate, GroupRow, Settled, chunks, text
 from services.stream.calls import Argument
 from services.stream.codec import decode_group, decode_prompt, encode_group, encode_prompt
 from services.stream.config import StreamSection
 from services.stream.connect import connect
-from services.stream.errors import LedgerError, LedgerLost
+from services.stream.errors import LedgerError, LedgerForgetting, LedgerLost, StreamLost
 
-__all__ = ["STATES", "Gate", "GroupRow", "Ledger", "LoadWeights", "Wait", "open_ledger"]
+__all__ = ["STATES", "Gate", "GroupRow", "Ledger", "LoadWeights", "Settled", "Wait", "open_ledger"]
 
 SCORERS = "scorers"
 
@@ -48,6 +49,9 @@ OWNER_DIED = Failure(kind="infra", code="owner_died", message="the actor that he
 
 REBUILDS = 3
 """Times that one call has the ledger made anew and is made again, where Redis keeps losing it."""
+
+FORGETTING = "forgetting"
+"""The key that is there while the others are removed."""
 
 KEYS_AT_ONCE = 10_000
 """Keys that one SCAN looks at: a few milliseconds of Redis's time."""
@@ -273,6 +277,16 @@ class Ledger(Account):
             int(self._driven("commit", step, *chunk)) for step, groups in steps.items() for chunk in chunks(groups)
         )
 
+    def settle(self, done: Settled, first_order: int) -> None:
+        """Drops the groups of the first `done.epochs` epochs, all of them done in a manifest, and keeps their number.
+
+        `first_order` is the place in lease order of the first group after them. Idempotent, resumable; settling what is
+        settled already does nothing. Refuses where one of them is under way, or where the ledger's numbers are not
+        `done`'s; but a ledger made anew, that knows none of them, takes these for its own.
+        """
+        while self._driven("settle", done.epochs, first_order, done.committed, done.failed):
+            pass
+
     def wait_scored(self, block_ms: int) -> bool:
         """Blocks until a group was scored or failed since this object's last call; False: none within `block_ms`."""
         block = max(1, min(block_ms, self._calls.longest_block_ms))
@@ -290,6 +304,8 @@ class Ledger(Account):
 
         Forgets the gate: nothing is leased until it is opened again, with any version and limit.
         """
+        if self._calls.command("EXISTS", self._key(FORGETTING)):  # whoever began it has died meanwhile
+            self.forget()
         call = uuid4().hex
         self._script("claim", call)
         self._last_call = call
@@ -366,6 +382,9 @@ class Ledger(Account):
         self._remove(keep=(self._key("counters").encode(),))
 
     def _remove(self, *, keep: Sequence[bytes]) -> None:
+        forgetting = self._key(FORGETTING).encode()
+        keep = (*keep, forgetting)
+        self._calls.command("SET", forgetting, 1)
         cursor, gone = 0, set[bytes]()
         while True:
             cursor, keys = self._calls.command("SCAN", cursor, "MATCH", self._prefix + "*", "COUNT", KEYS_AT_ONCE)
@@ -374,6 +393,7 @@ class Ledger(Account):
                 break
         for some in chunks(sorted(gone)):  # Redis's own order differs from server to server
             self._calls.command("UNLINK", *some)
+        self._calls.command("UNLINK", forgetting)
         self._last_call = ""
 
     def _make_consumer_group(self) -> None:
@@ -384,13 +404,28 @@ class Ledger(Account):
                 raise
 
     def _script(self, name: str, *args: Argument) -> Any:
-        return self._calls.script(name, self._prefix, *args)
+        """A call by anybody: it waits while the driver makes the ledger anew."""
+        if self.on_lost is not None:
+            return self._made_anew_for(lambda: self._calls.script(name, self._prefix, *args))
+        began = time.monotonic()
+        while True:
+            try:
+                return self._calls.script(name, self._prefix, *args)
+            except LedgerForgetting as error:
+                waited = time.monotonic() - began
+                if waited > self._patience_s:
+                    raise StreamLost(waited_for=f"the ledger's {name}", who=str(error), seconds=waited) from error
+            time.sleep(_LOOK_AGAIN_S)
 
     def _driven(self, name: str, *args: Argument) -> Any:
         """A call in the driver's chain."""
+        return self._made_anew_for(lambda: self._next_in_chain(name, *args))
+
+    def _made_anew_for(self, call: Callable[[], Any]) -> Any:
+        """The reply to a call of the driver; where Redis has lost something, `on_lost` makes the ledger anew first."""
         for _ in range(REBUILDS):
             try:
-                return self._next_in_chain(name, *args)
+                return call()
             except LedgerLost:
                 if self.on_lost is None or self._rebuilding:
                     raise
@@ -401,11 +436,11 @@ class Ledger(Account):
                     continue  # lost again meanwhile
                 finally:
                     self._rebuilding = False
-        return self._next_in_chain(name, *args)
+        return call()
 
     def _next_in_chain(self, name: str, *args: Argument) -> Any:
         call = uuid4().hex
-        reply = self._script(name, *args, self._last_call, call)
+        reply = self._calls.script(name, self._prefix, *args, self._last_call, call)
         if name != "take" or reply[0] == b"ready":  # a batch that is not ready changes nothing
             self._last_call = call
         return reply

@@ -14,11 +14,12 @@ from cluster.feed import Feed
 from cluster.history import History
 from cluster.recovery import Recovery
 from cluster.run_dir import RunDir, read_jsonl
-from services.records import Group, Lease, PolicyVersion, Prompt, Sample, Score
+from services.records import Group, PolicyVersion, Prompt, epoch_of
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
 from services.stream.keeper import KeptRedis
 from services.stream.ledger import Ledger
+from tests.cluster.actors import Actors
 
 SIZE, STALENESS = 3, 1
 
@@ -92,51 +93,6 @@ class Run:
         return [event["event"] for event in read_jsonl(self.dir.events)]
 
 
-def scored(lease: Lease, version: PolicyVersion) -> Group:
-    score = Score(status="ok", value=1.0)
-    sample = Sample(
-        sample_id=f"{lease.group_id}:0", group_id=lease.group_id, prompt_id=lease.prompt.prompt_id,
-        attempt=lease.attempt, policy_versions=((*version, 1),), prompt="p", prompt_ids=(1,), response="r",
-        response_ids=(2,), finish_reason="stop", logprobs=(-1.0,), scores={"length": score}, reward=score,
-        created_at=0.0,
-    )  # fmt: skip
-    return Group(
-        group_id=lease.group_id, attempt=lease.attempt, epoch=lease.epoch, order=lease.order, version=version,
-        prompt=lease.prompt, eos_ids=(2,), samples=(sample,),
-    )  # fmt: skip
-
-
-class Actors:
-    """An actor that leases, answers and scores, in a thread, until it is told to stop."""
-
-    def __init__(self, url: str) -> None:
-        self._ledger = Ledger(connect(url), "run", patience_s=20)
-        self._end = threading.Event()
-        self._failed: list[BaseException] = []
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        version: PolicyVersion | None = None
-        try:
-            while not self._end.is_set():
-                answer = self._ledger.lease("actor", version, 5.0)
-                if isinstance(answer, Lease):
-                    assert version is not None
-                    self._ledger.put_generated(scored(answer, version))
-                elif hasattr(answer, "version"):
-                    version = answer.version  # pyright: ignore[reportAttributeAccessIssue]
-                for entry, group in self._ledger.read_generated("scorer", 9, 1, 1_000):
-                    self._ledger.put_scored(entry, group)
-        except BaseException as error:
-            self._failed.append(error)
-
-    def stop(self) -> None:
-        self._end.set()
-        self._thread.join()
-        assert not self._failed, self._failed
-
-
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[KeptRedis]:
     with KeptRedis(EmbeddedRedis(tmp_path / "redis", "always"), restarts=50, told=lambda *_, **__: None) as server:
@@ -187,7 +143,11 @@ def test_every_group_is_trained_once_and_in_order_whatever_redis_does(
     assert run.ledger.counts() == {
         "pending": 0, "leased": 0, "generated": 0, "scored": 0, "consumed": 0, "committed": 22, "failed": 0,
     }  # fmt: skip
-    assert {row.step for row in run.ledger.list("committed")} == set(range(8))
+    settled = run.ledger.settled()
+    assert settled == run.history.settled(settled.epochs)
+    assert {row.step for row in run.ledger.list("committed")} == {
+        step for step, groups in run.history.steps.items() if epoch_of(groups[-1]) >= settled.epochs
+    }
     said = run.events()
     assert said.count("ledger_rebuilt") + said.count("ledger_kept") >= 4
     assert (said.count("ledger_rebuilt") >= 4) >= (disaster in (forget, lose_the_log))

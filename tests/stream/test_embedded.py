@@ -193,3 +193,20 @@ def test_a_transaction_that_was_torn_from_the_log_is_never_carried_out_in_part(t
             assert client.dbsize() == 2 + start
             os.kill(server.pid, signal.SIGKILL)
             assert gone(server.pid)
+
+
+def test_a_long_log_with_a_torn_end_is_mended_before_anybody_is_let_in(tmp_path: Path) -> None:
+    """While Redis loads a log it answers INFO already: that is not a server to go on with."""
+    directory = tmp_path / "redis"
+    directory.mkdir()
+    entry = b"*3\r\n$3\r\nSET\r\n$7\r\n%07d\r\n$1\r\n1\r\n"
+    commands = 300_000
+    log = directory / "appendonly.aof"
+    log.write_bytes(b"".join(entry % n for n in range(commands)) + b"*1\r\n$5\r\nMULTI\r\n" + (entry % 0)[:-9])
+    with EmbeddedRedis(directory) as server:
+        client = connect(server.url)
+        assert client.info("persistence")["loading"] == 0
+        assert client.dbsize() == commands
+        assert b"Background append only file rewriting started" in (directory / "redis.log").read_bytes()
+        assert b"MULTI" not in log.read_bytes()[-40:]
+        assert not (directory / "loading").exists()

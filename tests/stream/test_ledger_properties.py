@@ -30,10 +30,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from services.records import Failure, Group, Lease, PolicyVersion
+from services.records import Failure, Group, Lease, PolicyVersion, epoch_of
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
-from services.stream.ledger import Ledger, LoadWeights, Wait
+from services.stream.ledger import STATES, Ledger, LoadWeights, Settled, Wait
 
 SIZE = 2
 KILLS = 3
@@ -82,6 +82,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             self.failed_in_manifest: dict[str, Failure] = {}
             self.trained: dict[int, list[str]] = {}  # in the learner's memory
             self.batch: tuple[int, list[Group]] | None = None  # the last one that the driver fetched
+            self.settled = 0  # epochs that the ledger holds as numbers alone
             self.past: dict[str, set[tuple[str, int]]] = {}  # states and attempts that a group ever had
 
         def new_driver(self) -> None:
@@ -102,6 +103,20 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             return len(
                 [i for i, g in self.groups.items() if g.state != "failed" and g.order < self.groups[group_id].order]
             )
+
+        def held(self, *states: str) -> list[str]:
+            """Those of them that the ledger knows one by one."""
+            return [i for i in self.among(*states) if epoch_of(i) >= self.settled]
+
+        def done_in(self, epochs: int) -> Settled:
+            """What the manifest has of the first epochs."""
+            committed = [i for groups in self.manifest.values() for i in groups if epoch_of(i) < epochs]
+            failed = [i for i in self.failed_in_manifest if epoch_of(i) < epochs]
+            return Settled(epochs, len(committed), len(failed))
+
+        def epochs_done(self) -> int:
+            done = [self.done_in(epochs) for epochs in range(1, self.epochs + 1)]
+            return sum(some.committed + some.failed == some.epochs * PROMPTS_AN_EPOCH for some in done)
 
         def to(self, group_id: str, state: str) -> None:
             group = self.groups[group_id]
@@ -376,17 +391,37 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             self.start_driver()
             self.after_start()
 
+        @precondition(lambda self: self.epochs_done() > self.settled and not self.trained)
+        @rule(crashes=st.sampled_from([None, None, False, True]))
+        def settle(self, crashes: bool | None) -> None:
+            """An epoch is done. Said twice: the second time changes nothing."""
+            self.settled = self.epochs_done()
+            for _ in range(2):
+                self.ledger.settle(self.done_in(self.settled), self.settled * PROMPTS_AN_EPOCH)
+            self.agree()
+            if crashes is not None:
+                self.crash(crashes)
+
         def all_forgotten(self) -> None:
+            self.settled = 0
             for group in self.groups.values():
                 group.__dict__.update(Known(group.order).__dict__)
 
         def start_driver(self) -> None:
             self.trained, self.batch = {}, None
             self.ledger.claim()
+            assert self.ledger.settled() == self.done_in(self.ledger.settled().epochs)
+            if not any(self.ledger.counts().values()):
+                self.settle_anew()
             self.register_all()
             self.ledger.reconcile(self.manifest, self.failed_in_manifest)
 
+        def settle_anew(self) -> None:
+            """In a ledger that knows nothing: as much of the manifest as there are whole epochs in it."""
+            self.ledger.settle(self.done_in(self.epochs_done()), self.epochs_done() * PROMPTS_AN_EPOCH)
+
         def after_start(self) -> None:
+            self.settled = self.ledger.settled().epochs
             for group_id in self.among("consumed"):  # trained, and its samples lost since: to be made again
                 self.to(group_id, "scored" if self.groups[group_id].entry else "pending")
             for group_id in self.among("leased"):
@@ -455,6 +490,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
         def make_anew(self) -> None:
             self.ledger.forget()
             self.ledger.claim()
+            self.settle_anew()
             self.register_all()
             self.ledger.rebuild(self.manifest, self.failed_in_manifest, self.since_the_commit(), self.in_hand())
             assert self.version is not None
@@ -470,6 +506,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             """What the driver does when Redis has lost something; the model knows it exactly."""
             self.make_anew()
             self.all_forgotten()
+            self.settled = self.epochs_done()
             for step, groups in self.manifest.items():
                 for group_id in groups:
                     self.to(group_id, "committed")
@@ -558,6 +595,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
 
         def adopt(self) -> None:
             prefix = self.ledger._prefix
+            assert self.ledger.settled().epochs == self.settled
             self.register_all()  # looks at every group: none is torn
             self.read = []
             for state, ids in self.ledger.states().items():
@@ -579,8 +617,8 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             assert sum(counts.values()) == len(self.groups)
             for state, number in counts.items():
                 rows = list(self.ledger.list(state))  # pyright: ignore[reportArgumentType]
-                assert [row.group_id for row in rows] == self.among(state)
-                assert number == len(rows)
+                assert [row.group_id for row in rows] == self.held(state)
+                assert number == len(self.among(state))
                 for row in rows:
                     known = self.groups[row.group_id]
                     assert (row.order, row.attempt, row.owner) == (known.order, known.attempt, known.owner)
@@ -596,7 +634,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
                 [i for i in self.among("scored", "consumed") if self.groups[i].entry]  # trained, and lost since
             )
             hashes = [key.decode() for key in client.scan_iter(match=prefix + "group:*", count=1000)]
-            assert len(hashes) == len(self.groups)
+            assert len(hashes) == len(self.held(*STATES))
             for key in hashes:
                 known = self.groups[key.removeprefix(prefix + "group:")]
                 fields = client.hmget(key, "state", "entry", "prompt")

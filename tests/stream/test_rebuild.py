@@ -11,7 +11,7 @@ import redis
 
 from services.records import PolicyVersion
 from services.stream.connect import connect
-from services.stream.errors import LedgerError, LedgerLost
+from services.stream.errors import LedgerError, LedgerLost, StreamLost
 from services.stream.ledger import Ledger, Wait
 
 V1 = PolicyVersion(1, 1)
@@ -255,3 +255,48 @@ def test_a_scorer_that_waits_while_the_ledger_is_made_anew_reads_on(driver: Driv
     thread.join(10)
     assert not failed
     assert [group.group_id for _, group in found] == [driver.ids[4]]
+
+
+def test_an_actor_at_work_while_the_ledger_is_made_anew_leaves_nothing_torn(desk: Any, client: redis.Redis) -> None:
+    """What it leases, answers or fails between two commands of `forget` would be a half of a group ever after."""
+    driver = Driver(desk)
+    actor = Ledger(client, driver.ledger._prefix.removeprefix("attune:{").removesuffix("}:"), patience_s=20)
+    end = threading.Event()
+    torn: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while not end.is_set():
+                answer = actor.lease("actor", V1, 60)
+                if not isinstance(answer, Wait):
+                    actor.put_generated(desk.group_of(answer, V1))
+        except BaseException as error:
+            torn.append(error)
+
+    at_work = threading.Thread(target=work)
+    at_work.start()
+    try:
+        for _ in range(40):
+            driver.make_anew()
+            driver.ledger.expire_leases()
+            driver.ledger.register(0, [(group_id, n) for n, group_id in enumerate(driver.ids)])  # looks at every group
+    finally:
+        end.set()
+        at_work.join()
+    assert not torn
+    assert sum(driver.ledger.counts().values()) == 10
+
+
+def test_a_driver_that_died_while_it_removed_the_keys_is_cleaned_up_after(desk: Any, client: redis.Redis) -> None:
+    desk.fill(4)
+    ledger: Ledger = desk.ledger
+    client.set(ledger._prefix + "forgetting", 1)
+    actor = Ledger(client, ledger._prefix.removeprefix("attune:{").removesuffix("}:"), patience_s=0.3)
+    with pytest.raises(StreamLost, match="being made anew"):
+        actor.lease("actor", desk.V0, 60)
+    ledger.on_lost = lambda: None  # as a driver has it; what it does is looked at above
+    with pytest.raises(LedgerLost):
+        ledger.expire_leases()
+    ledger.claim()
+    assert sum(ledger.counts().values()) == 0
+    assert actor.lease("actor", desk.V0, 60) == Wait("gate")

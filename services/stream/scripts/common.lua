@@ -3,6 +3,10 @@
 -- cluster); the keys of single groups are derived from it here. Numbers that are stored stay strings: Lua would
 -- print large ones with an exponent.
 local P = KEYS[1]
+-- While the run's keys are removed, in several commands, nobody may make new ones of those that are left: whoever calls
+-- waits until it is done.
+if redis.call('EXISTS', P .. 'forgetting') == 1 then return redis.error_reply('FORGETTING the ledger is being made anew') end
+local SETTLED = P .. 'settled'
 local STREAM_GENERATED, STREAM_SCORED = P .. 'stream:generated', P .. 'stream:scored'
 local SCORERS = 'scorers'
 local STATES = { 'pending', 'leased', 'generated', 'scored', 'consumed', 'committed', 'failed' }
@@ -107,5 +111,10 @@ local function create(id, epoch, order, state)
   redis.call('ZADD', state_key(state), order, id)
   if state == 'pending' then redis.call('ZADD', P .. 'bare', order, id) end
 end
+
+-- The groups of the first epochs, done in a manifest: no longer here one by one, only their numbers (settle.lua).
+local function settled(name) return tonumber(redis.call('HGET', SETTLED, name) or '0') end
+local function settled_epochs() return settled('epochs') end
+local function is_settled(id, epochs) return (tonumber(string.match(id, '^(%d+):')) or epochs) < epochs end
 
 local function state_of(id) return redis.call('HGET', group_key(id), 'state') end

@@ -22,7 +22,7 @@ local key = group_key(id)
 -- be trained decides, not how many are under way: after a restart the run stands at an earlier step with later groups
 -- already there, and a lower one that was lost must not wait for room behind them.
 local lower = '(' .. redis.call('HGET', key, 'order')
-local admitted = 0
+local admitted = settled('committed')
 for _, state in ipairs({ 'leased', 'generated', 'scored', 'consumed', 'committed' }) do
   admitted = admitted + redis.call('ZCOUNT', state_key(state), '-inf', lower)
 end

@@ -1,9 +1,11 @@
--- ARGV: epoch, then pairs (group id, order). New groups become pending; known ones are left as they are.
+-- ARGV: epoch, then pairs (group id, order). New groups become pending; known ones are left as they are, and so
+-- are the epochs that are settled.
 -- And looked at: a server that lost the end of its log in the middle of a script's writes, and is restarted once more, may
 -- have carried out a part of them (Redis 6.2 cuts the log behind the writes it has read, not before their MULTI).
 local broken = broken_chain()
 if broken then return broken end
 local epoch, made = ARGV[1], 0
+local gone = tonumber(epoch) < settled_epochs()
 for i = 2, #ARGV, 2 do
   local known = redis.call('HMGET', group_key(ARGV[i]), 'order', 'epoch', 'state')
   for _, state in ipairs(STATES) do
@@ -18,7 +20,9 @@ end
 for i = 2, #ARGV, 2 do
   local id, order = ARGV[i], ARGV[i + 1]
   local known = redis.call('HMGET', group_key(id), 'state', 'order')
-  if not known[1] then
+  if not known[1] and gone then
+    -- done
+  elseif not known[1] then
     create(id, epoch, order, 'pending')
     made = made + 1
   elseif known[2] == '-1' then

@@ -1,0 +1,127 @@
+"""Batches from commit to commit: epochs that are done leave the ledger, and a run goes on from any of its commits."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import redis
+
+from cluster.batches import Batches
+from cluster.history import History
+from cluster.recipe import resolve
+from cluster.run_dir import RunDir, read_jsonl
+from cluster.training_data import TrainingData
+from services.records import PolicyVersion
+from services.stream.connect import connect
+from services.stream.embedded import EmbeddedRedis
+from services.stream.ledger import Ledger, Settled
+from services.text.sources import load_prompts
+from tests.cluster.actors import Actors
+
+PROMPTS, SIZE, EPOCHS = 6, 2, 4
+
+
+class Driver:
+    """The driver's part of a run without a learner; a commit after every step."""
+
+    def __init__(self, path: Path, url: str, manifest: dict[str, Any] | None = None) -> None:
+        source = path / "prompts.jsonl"
+        source.write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(PROMPTS)), "utf-8")
+        data = {"source": str(source), "validation_fraction": 0.0, "test_fraction": 0.0}
+        run = {"groups_per_step": SIZE, "seed": 4, "epochs": EPOCHS, "max_staleness": 0}
+        config = resolve({"run": run, "data": data, "policy": {"model": "m"}}, "test")
+        manifest = manifest or {"incarnation": 0, "steps": {}}
+        self.history = History("run", incarnation=manifest["incarnation"] + 1)
+        self.history.steps = {int(step): list(groups) for step, groups in manifest["steps"].items()}
+        self.history.committed_steps = self.history.steps_done
+        self.dir = RunDir(path)
+        self.ledger = Ledger(connect(url), "run", patience_s=20)
+        splits = TrainingData(load_prompts(config.data), None)
+        self.batches = Batches(config, self.dir, self.history, splits, self.ledger)
+        self.batches.reconcile()
+        self.open_gate()
+
+    def open_gate(self) -> None:
+        step = self.history.steps_done
+        self.batches.give_prompts(step)
+        self.ledger.open_gate(PolicyVersion(self.history.incarnation, step), f"w{step}", self.batches.limit(step))
+
+    def step(self) -> None:
+        step = self.history.steps_done
+        self.history.steps[step] = self.batches.wait(step, lambda: False, lambda _: None)
+        self.open_gate()
+        self.history.committed_steps = step + 1
+        self.manifest = cast(dict[str, Any], json.loads(json.dumps(self.history.manifest())))
+        self.batches.commit({step: self.history.steps[step]})
+
+    def events(self) -> list[str]:
+        return [event["event"] for event in read_jsonl(self.dir.events)]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        actors = Actors(server.url)
+        try:
+            yield server.url
+        finally:
+            actors.stop()
+
+
+def groups_of(driver: Driver) -> list[str]:
+    return [group for groups in driver.history.steps.values() for group in groups]
+
+
+def held(url: str) -> int:
+    return sum(1 for _ in cast(redis.Redis, connect(url)).scan_iter(match="attune:{run}:group:*", count=1000))
+
+
+def test_a_run_holds_two_epochs_however_long_it_is(tmp_path: Path, url: str) -> None:
+    driver = Driver(tmp_path, url)
+    most = 0
+    while driver.history.steps_done < driver.batches.feed.total_steps:
+        driver.step()
+        counts = driver.ledger.counts()
+        assert counts["committed"] == len(groups_of(driver))
+        most = max(most, held(url))
+    assert driver.batches.feed.total_steps == EPOCHS * PROMPTS // SIZE
+    assert most <= 3 * PROMPTS  # the one under way, the next, and the last until the commit after it
+    assert driver.ledger.settled() == Settled(EPOCHS - 1, (EPOCHS - 1) * PROMPTS, 0)
+    assert len(set(groups_of(driver))) == EPOCHS * PROMPTS
+
+
+@pytest.mark.parametrize("back", [1, 2, 5, 7])
+def test_a_run_goes_on_from_an_earlier_commit_with_the_same_batches(tmp_path: Path, url: str, back: int) -> None:
+    """The newest commits are damaged: what was settled after them is no longer so."""
+    driver = Driver(tmp_path, url)
+    manifests = [driver.history.manifest()]
+    for _ in range(8):
+        driver.step()
+        manifests.append(driver.manifest)
+    assert driver.ledger.settled().epochs == 2
+    resumed = Driver(tmp_path, url, manifests[8 - back])
+    assert ("ledger_forgotten" in resumed.events()) == (8 - back < 2 * PROMPTS // SIZE)
+    assert resumed.ledger.counts()["committed"] == (8 - back) * SIZE
+    for _ in range(back):
+        resumed.step()
+    assert groups_of(resumed) == groups_of(driver)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_restart_begins_where_the_ledger_was_settled(tmp_path: Path, url: str, lost: bool) -> None:
+    """Also where its Redis has lost everything: the epochs that are done come back as numbers."""
+    driver = Driver(tmp_path, url)
+    for _ in range(8):
+        driver.step()
+    if lost:
+        connect(url).execute_command("FLUSHALL")
+    resumed = Driver(tmp_path, url, driver.manifest)
+    assert resumed.ledger.settled() == Settled(2, 2 * PROMPTS, 0)
+    assert held(url) <= 2 * PROMPTS
+    for _ in range(4):
+        resumed.step()
+    assert resumed.ledger.counts()["committed"] == EPOCHS * PROMPTS
+    assert len(set(groups_of(resumed))) == EPOCHS * PROMPTS
+    assert "ledger_forgotten" not in resumed.events()
