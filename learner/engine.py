@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from learner.bad_batch import NonFinite
 from learner.config import LearnerSection
 from learner.microbatch import Family
-from learner.policy import ModelInput, PolicyOutput, PolicyWithValue, enable_gradient_checkpointing, parameter_groups
+from learner.policy import (
+    Entropy,
+    ModelInput,
+    PolicyOutput,
+    PolicyWithValue,
+    enable_gradient_checkpointing,
+    parameter_groups,
+)
 from learner.reshard import resharded
 from learner.scoring_model import ScoringInput, ScoringModel
 from learner.zero import deepspeed_config
@@ -88,10 +95,8 @@ class Engine:
     def lm(self) -> nn.Module:
         return self._engine.module.lm
 
-    def forward(
-        self, batch: ModelInput, temperature: float, *, chunks: int, need_entropy: bool = False
-    ) -> PolicyOutput:
-        return self._engine(batch.to(self.device), temperature, chunks=chunks, need_entropy=need_entropy)
+    def forward(self, batch: ModelInput, temperature: float, *, chunks: int, entropy: Entropy = None) -> PolicyOutput:
+        return self._engine(batch.to(self.device), temperature, chunks=chunks, entropy=entropy)
 
     def score(self, batch: ScoringInput) -> Tensor:
         """The forward of a `ScoringModel`."""

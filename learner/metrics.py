@@ -110,17 +110,26 @@ def advantage_metrics(batch: Batch, advantages: Advantages, values: Tensor | Non
 
 
 def sample_figures(
-    batch: Batch, advantages: Advantages, reference: Tensor, values: Tensor | None
+    batch: Batch, advantages: Advantages, reference: Tensor, values: Tensor | None, entropy: Tensor
 ) -> dict[str, dict[str, Any]]:
-    """What the sample log says of each sample beside its record, by sample id; `kl_tokens` one a response token."""
+    """What the sample log says of each sample beside its record, by sample id.
+
+    `kl_tokens` and `entropy_tokens` have one number a response token (nats): the KL of the policy that drew it to the
+    reference, and the entropy of the trained policy's distribution where the step's first epoch met it.
+    """
     by_token = k1(batch.behaviour, reference)
+
+    def tokens(figure: Tensor, row: int) -> list[float]:
+        return [float(f"{value:.5g}") for value in figure[row][batch.mask[row]].tolist()]
+
     kl = torch.where(batch.mask, by_token, 0.0).sum(1)
     counts = advantages.loss_mask.sum(1).clamp(min=1)
     mean = advantages.advantages.sum(1) / counts
     return {
         sample.sample_id: {
             "kl_reference": float(kl[row]),
-            "kl_tokens": [float(f"{value:.5g}") for value in by_token[row][batch.mask[row]].tolist()],
+            "kl_tokens": tokens(by_token, row),
+            "entropy_tokens": tokens(entropy, row),
             "advantage": float(mean[row]),
             **({} if values is None else {"value": float(values[row, 0])}),
         }

@@ -55,12 +55,16 @@ class ModelInput:
         return replace(self, **moved)
 
 
+Entropy = Literal["figure", "gradient"] | None
+"""What is wanted of the entropy of each token's distribution: its value alone, or with the gradient through it."""
+
+
 @dataclass(frozen=True)
 class PolicyOutput:
     """float32, 0 where padded.
 
     logprobs     [B, T]   log pi(y_t | x, y_<t) of softmax(logits / temperature), over the kept set where one is given
-    entropy      [B, T]   of the same distribution, nats; None unless asked for
+    entropy      [B, T]   of the same distribution, nats; None unless asked for; without a gradient, as a figure
     values       [B, T]   V at the query that predicts y_t; V(x) is column 0; None without a value function
     next_values  [B]      V after the last token, for bootstrapping; None without a value function
     """
@@ -155,21 +159,21 @@ class PolicyWithValue(nn.Module):
         switch_off_dropout(self)
 
     def forward(
-        self, batch: ModelInput, temperature: float = 1.0, *, chunks: int = 1, need_entropy: bool = False
+        self, batch: ModelInput, temperature: float = 1.0, *, chunks: int = 1, entropy: Entropy = None
     ) -> PolicyOutput:
         """Kept sets are taken from `batch.kept_ids`. The head is called exactly `chunks` times, and again in backward.
 
         `temperature` 0 (greedy decoding) means 1, as in the rollout's `logprobs`.
         """
         hidden = self._at_rows(self.lm, batch)
-        logprobs, entropy = self._score(hidden[:, :-1], batch, temperature or 1.0, chunks, need_entropy)
+        logprobs, entropies = self._score(hidden[:, :-1], batch, temperature or 1.0, chunks, entropy)
         values = next_values = None
         if self.value != "none":
             hidden = self._at_rows(self.value_trunk, batch) if self.value in OWN_TRUNK else hidden
             every = self.value_head(hidden)
             values = every[:, :-1] * batch.response_mask
             next_values = every.gather(1, batch.response_mask.sum(1, keepdim=True)).squeeze(1)
-        return PolicyOutput(logprobs, entropy, values, next_values)
+        return PolicyOutput(logprobs, entropies, values, next_values)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits, float32 [..., V], of hidden states [..., d]; one call of the head."""
@@ -207,7 +211,7 @@ class PolicyWithValue(nn.Module):
         return hidden.gather(1, index)  # [B, T+1, d]
 
     def _score(
-        self, hidden: Tensor, batch: ModelInput, temperature: float, chunks: int, need_entropy: bool
+        self, hidden: Tensor, batch: ModelInput, temperature: float, chunks: int, entropy: Entropy
     ) -> tuple[Tensor, Tensor | None]:
         mask = batch.response_mask
         count = int(mask.sum())
@@ -223,7 +227,7 @@ class PolicyWithValue(nn.Module):
         scores: list[Tensor] = []
         for start in range(0, chunks * size, size):
             part = slice(start, start + size)
-            arguments = (rows[part], targets[part], None if kept is None else kept[part], temperature, need_entropy)
+            arguments = (rows[part], targets[part], None if kept is None else kept[part], temperature, entropy)
             if torch.is_grad_enabled():
                 # Nothing in a chunk draws random numbers, so there is no generator state to restore.
                 scored = checkpoint(self._chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -232,22 +236,24 @@ class PolicyWithValue(nn.Module):
             scores.append(scored)  # pyright: ignore[reportArgumentType]
         flat = torch.cat(scores)[:count]  # [count, 1 or 2]
         padded = flat.new_zeros(*mask.shape, flat.shape[-1]).index_put(torch.nonzero(mask, as_tuple=True), flat)
-        return padded[..., 0], padded[..., 1] if need_entropy else None
+        return padded[..., 0], padded[..., 1] if entropy else None
 
     def _chunk(
-        self, hidden: Tensor, targets: Tensor, kept: Tensor | None, temperature: float, need_entropy: bool
+        self, hidden: Tensor, targets: Tensor, kept: Tensor | None, temperature: float, entropy: Entropy
     ) -> Tensor:
         logits = self.logits(hidden) / temperature
         chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         if kept is not None:
             logits = _restrict(logits, kept)
         total = torch.logsumexp(logits, dim=-1)
-        if not need_entropy:
+        if entropy is None:
             return (chosen - total).unsqueeze(-1)
-        # H = log Z - E[logit]; 0 * -inf of a token outside the kept set is 0.
-        probabilities = torch.exp(logits - total.unsqueeze(-1))
-        mean = torch.where(probabilities > 0, logits, 0.0).mul(probabilities).sum(-1)
-        return torch.stack([chosen - total, total - mean], dim=-1)
+        with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
+            # H = log Z - E[logit]; 0 * -inf of a token outside the kept set is 0.
+            probabilities = torch.exp(logits - total.unsqueeze(-1))
+            mean = torch.where(probabilities > 0, logits, 0.0).mul(probabilities).sum(-1)
+            entropies = total - mean
+        return torch.stack([chosen - total, entropies], dim=-1)
 
 
 def _restrict(logits: Tensor, kept: Tensor) -> Tensor:

@@ -163,12 +163,12 @@ def train_step(
         **({} if values is None else {"value/lr": engine.learning_rate("value")}),
     }
     try:
-        metrics = {**seen, "policy/skipped": 0.0, **_updates(engine, batch, targets, step, rules)}
+        updates, entropy = _updates(engine, batch, targets, step, rules)
     except BadBatch as problem:
         return _left_out(problem, seen, before, section)
     return StepResult(
-        metrics=metrics,
-        samples=sample_figures(batch, advantages, ref_logprobs, values),
+        metrics={**seen, "policy/skipped": 0.0, **updates},
+        samples=sample_figures(batch, advantages, ref_logprobs, values, entropy),
         state=replace(state, controller=state.controller.update(kl, len(batch.samples))),
     )
 
@@ -249,13 +249,17 @@ def _pass(
     whole = [torch.zeros(batch.mask.shape, device=engine.device) for _ in range(outputs)]
     for micro in plan.ranks[engine.rank]:
         results = forward(_inputs(batch, micro, engine, rules), micro.chunks)
-        rows = torch.tensor([row for row, weight in zip(micro.rows, micro.weights, strict=True) if weight > 0])
-        if not len(rows):
-            continue
         for into, result in zip(whole, results, strict=True):
-            into[rows.to(engine.device), : result.shape[1]] = result.float()
+            _put(into, micro, result)
     # Every sample was run by one rank alone, so the sum over ranks is exact.
     return [tensor.cpu() for tensor in add_over_ranks(whole)]
+
+
+def _put(into: Tensor, micro: MicroBatch, rows: Tensor) -> None:
+    """Rows [n, width] of a micro-batch in their places in [B, T], but for those that only keep the ranks in step."""
+    counts = torch.tensor([weight > 0 for weight in micro.weights], device=into.device)
+    places = torch.tensor(micro.rows, device=into.device)[counts]
+    into[places, : rows.shape[1]] = rows[counts].float()
 
 
 def _inputs(batch: Batch, micro: MicroBatch, engine: Engine, rules: Rules) -> ModelInput:
@@ -263,9 +267,12 @@ def _inputs(batch: Batch, micro: MicroBatch, engine: Engine, rules: Rules) -> Mo
     return collate(tokens, family=engine.family, pad_id=rules.pad_id, decoder_start_id=rules.decoder_start_id)
 
 
-def _updates(engine: Engine, batch: Batch, targets: _Targets, step: int, rules: Rules) -> dict[str, float]:
-    """All epochs and minibatches of the step."""
+def _updates(
+    engine: Engine, batch: Batch, targets: _Targets, step: int, rules: Rules
+) -> tuple[dict[str, float], Tensor]:
+    """All epochs and minibatches of the step: its metrics, and the entropy [B, T] that the first epoch met, nats."""
     section = engine.section
+    entropy = torch.zeros(batch.mask.shape, device=engine.device)
     totals: dict[str, Tensor] = {}
     first_error = torch.zeros(())
     ratio_max = torch.zeros(())
@@ -288,6 +295,9 @@ def _updates(engine: Engine, batch: Batch, targets: _Targets, step: int, rules: 
                 losses = _micro_losses(engine, batch, targets, micro, rules, tokens, values)
                 engine.backward(losses.pop("loss"), last=index == len(mine) - 1)
                 error, largest = losses.pop("first_error"), losses.pop("ratio_max")
+                met = losses.pop("entropy")
+                if epoch == 0:
+                    _put(entropy, micro, met)
                 ratio_max = torch.maximum(ratio_max, largest.cpu())
                 if epoch == number == 0:
                     first_error = torch.maximum(first_error, error.cpu())
@@ -297,7 +307,9 @@ def _updates(engine: Engine, batch: Batch, targets: _Targets, step: int, rules: 
                 norms.append(engine.update())
             except NonFinite as problem:
                 raise NonFinite(f"step {step}, epoch {epoch}, minibatch {number}: {problem}") from problem
-    return _summary(engine, totals, ratio_max, first_error, norms, step)
+    metrics = _summary(engine, totals, ratio_max, first_error, norms, step)
+    (entropy,) = add_over_ranks([entropy])
+    return metrics, entropy.cpu()
 
 
 def _micro_losses(
@@ -309,10 +321,14 @@ def _micro_losses(
     tokens: Normaliser,
     entries: Normaliser,
 ) -> dict[str, Tensor]:
-    """Losses of one micro-batch over counts of the minibatch; `loss` has the gradient, the rest are figures."""
+    """Losses of one micro-batch over counts of the minibatch; `loss` has the gradient, the rest are figures.
+
+    `entropy` [rows, width] is of each token, everything else one number.
+    """
     section = engine.section
     inputs = _inputs(batch, micro, engine, rules)
-    output = engine.forward(inputs, rules.temperature, chunks=micro.chunks, need_entropy=section.entropy_coef > 0)
+    entropy = "gradient" if section.entropy_coef else "figure"
+    output = engine.forward(inputs, rules.temperature, chunks=micro.chunks, entropy=entropy)
     rows, width = list(micro.rows), output.logprobs.shape[1]
     counts = pad_rows([[weight] for weight in micro.weights])  # 0: a sample that only keeps the ranks in step
 
@@ -348,17 +364,18 @@ def _micro_losses(
         )
         loss = loss + section.value_coef * value
         figures["value/loss"] = value
-    if output.entropy is not None:
-        bonus = entropy_loss(output.entropy, weights)
+    assert output.entropy is not None
+    bonus = entropy_loss(output.entropy, weights)
+    figures["policy/entropy"] = -bonus
+    if section.entropy_coef:
         loss = loss + section.entropy_coef * bonus
-        figures["policy/entropy"] = -bonus
     if section.kl.place == "loss":
         distance = kl_loss(output.logprobs, part(targets.reference), weights)
         loss = loss + targets.coef * distance
         figures["kl/loss"] = distance
     with torch.no_grad():
         figures["first_error"] = torch.where(weights > 0, (output.logprobs - old).abs(), 0.0).amax()
-    return {"loss": loss, "ratio_max": surrogate.ratio_max, **figures}
+    return {"loss": loss, "ratio_max": surrogate.ratio_max, "entropy": output.entropy.detach(), **figures}
 
 
 def _summary(

@@ -206,11 +206,12 @@ def _check_outcome(status: str, value: float | None, error: ItemError | None, na
 
 
 class Component(Answer):
-    """What one source says of one item."""
+    """What one source says of one item. `principles` are those it judged by, in the words that the model read."""
 
     status: Literal["ok", "failed"]
     value: float | None = None
     detail: dict[str, float | int] = {}
+    principles: tuple[str, ...] = ()
     error: ItemError | None = None
 
     @model_validator(mode="after")

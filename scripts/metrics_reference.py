@@ -36,7 +36,6 @@ CONDITIONS = {
     "always, not a number": "in `metrics.jsonl` alone: it is no number",
     "trained": "not in a step that was skipped (`learner.bad_batch`)",
     "value function": "the advantage needs values",
-    "entropy bonus": "`learner.entropy_coef` above 0",
     "KL in the loss": "`learner.kl.place` is `loss`",
     "attention source": "a source named `attention` scored a sample",
     "drift watched": "`learner.drift.share` above 0; the differences need a response of the learner's own version",

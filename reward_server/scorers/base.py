@@ -9,7 +9,7 @@ on the processor leaves the event loop to others.
 import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from reward_server.config import SourceSection, digest, resolved_source
@@ -90,6 +90,12 @@ def ok(value: float, detail: Mapping[str, float | int], flags: Sequence[str] = (
         if not math.isfinite(number):
             raise ItemFailure(ErrorCode.NON_FINITE_SCORE, f"the source's {name} is {number}")
     return Scored(Component(status="ok", value=value, detail=dict(detail)), tuple(flags))
+
+
+def judged_by(scored: Scored, principles: Sequence[str]) -> Scored:
+    """The same score, with the principles that the model read."""
+    component = scored.component.model_copy(update={"principles": tuple(principles)})
+    return replace(scored, component=component)
 
 
 def failed(failure: ItemFailure) -> Scored:

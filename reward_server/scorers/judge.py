@@ -16,9 +16,18 @@ from functools import partial
 from typing import Any
 
 from reward_server.model_sources_config import JudgeSource
-from reward_server.runner import ModelRunner, Row
+from reward_server.runner import ModelRunner, Output, Row
 from reward_server.schema import ErrorCode, Item
-from reward_server.scorers.base import ItemFailure, Scored, Scorer, ok, prompt_turns, response_text, revision_of
+from reward_server.scorers.base import (
+    ItemFailure,
+    Scored,
+    Scorer,
+    judged_by,
+    ok,
+    prompt_turns,
+    response_text,
+    revision_of,
+)
 from reward_server.scorers.judge_endpoint import EndpointJudge
 from reward_server.scorers.models import Asked, Loaded, ModelScorer, load
 from reward_server.scorers.sequence import sigmoid
@@ -61,7 +70,11 @@ class LocalJudge:
         ]
         flags = tuple(dict.fromkeys(flag for _, flags in asked for flag in flags))
         rows = tuple(row for row, _ in asked)
-        return Asked(rows, lambda outputs: verdict(self.source, [output[0] for output in outputs]), flags)
+
+        def finish(outputs: list[Output]) -> Scored:
+            return judged_by(verdict(self.source, [output[0] for output in outputs]), principles_of(self.source, item))
+
+        return Asked(rows, finish, flags)
 
     def tokens(self, question: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids up to where the answers part, and the id that each answer goes on with there."""
@@ -101,10 +114,14 @@ def answers_of(source: JudgeSource) -> tuple[str, ...]:
     return tuple(str(digit) for digit in range(source.lowest, source.highest + 1))
 
 
+def principles_of(source: JudgeSource, item: Item) -> tuple[str, ...]:
+    return tuple(item.principles or source.principles)
+
+
 def questions(source: JudgeSource, item: Item, turns: Sequence[Turn]) -> tuple[str, ...]:
     """What the judge is asked about an item: to compare, once with the response first and once with it second."""
     response = response_text(item)
-    principles = item.principles or source.principles
+    principles = principles_of(source, item)
     places = {
         "prompt": plain_text(turns),
         "response": response,

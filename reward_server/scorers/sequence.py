@@ -17,7 +17,16 @@ from reward_server.model_sources_config import AnySequenceSource, FactsSource, P
 from reward_server.principle_sets import named_set
 from reward_server.runner import ModelRunner, Output, Row
 from reward_server.schema import ErrorCode, Item
-from reward_server.scorers.base import ItemFailure, Scored, Scorer, ok, prompt_turns, response_text, revision_of
+from reward_server.scorers.base import (
+    ItemFailure,
+    Scored,
+    Scorer,
+    judged_by,
+    ok,
+    prompt_turns,
+    response_text,
+    revision_of,
+)
 from reward_server.scorers.models import Asked, Loaded, ModelScorer, limited, load, shown_facts
 from reward_server.scorers.symbolic import words
 from services.errors import UserError
@@ -149,7 +158,7 @@ class PrincipleScorer:
         def finish(outputs: list[Output]) -> Scored:
             value, detail = _value(outputs[0], self.form)
             counts = {"principles": len(chosen), "negated": negated, "interventions": len(interventions.texts)}
-            return ok(value, {**detail, **counts})
+            return judged_by(ok(value, {**detail, **counts}), principles)
 
         return Asked((Row(encoded.ids),), finish, encoded.flags)
 

@@ -91,13 +91,15 @@ def token_view(row: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """A sample for the page: its record without what is drawn, `tokens` of the response and `prompt_tokens`.
 
     Each measure is one number a response token: `mass` M_t, `salient_mass` C_t, `entropy` of the attention as a
-    distribution over the content (nats), `peak` X_t / M_t, `logprob`, `kl` to the reference (k1, nats).
+    distribution over the content (nats), `peak` X_t / M_t, `logprob`, `kl` to the reference (k1, nats),
+    `policy_entropy` of the distribution that the token was drawn from, as the learner met it (nats).
     """
     prompt, response = _ids(row, "prompt_ids"), _ids(row, "response_ids")
     attention: Mapping[str, Any] = row.get("attention") or {}
     measures: dict[str, list[float | None]] = {
         "logprob": _numbers(row.get("logprobs")),
         "kl": _numbers(row.get("kl_tokens")),
+        "policy_entropy": _numbers(row.get("entropy_tokens")),
         **attention_measures(attention),
     }
     return {

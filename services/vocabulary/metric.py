@@ -11,7 +11,6 @@ When = Literal[
     "always",
     "trained",
     "value function",
-    "entropy bonus",
     "KL in the loss",
     "attention source",
     "drift watched",
@@ -28,7 +27,6 @@ When = Literal[
 always                in every line
 trained               unless the step was skipped (`learner.bad_batch`)
 value function        trained, and the advantage needs values
-entropy bonus         trained, and `learner.entropy_coef` is above 0
 KL in the loss        trained, and `learner.kl.place` is loss
 attention source      the recipe has a source named attention, and it scored a sample
 drift watched         `learner.drift.share` is above 0, and a response of the learner's own version was at hand

@@ -53,9 +53,9 @@ LEARNING_METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "policy/entropy", "nats a token", "gauge", "attune_policy_entropy_exact_nats",
-        "Entropy over the whole vocabulary, mean over updates.",
+        "Entropy of the policy's distribution at each token, mean over updates: over the vocabulary, or the kept set.",
         "As policy/entropy_sampled.",
-        "entropy bonus",
+        "trained",
     ),
     Metric(
         "policy/loss", "1", "gauge", "attune_policy_loss",

@@ -47,6 +47,7 @@ class Scene:
                 "kl_reference": 0.1,
                 "advantage": self.random.gauss(0, 1),
                 "kl_tokens": [self.random.gauss(0, 0.2) for _ in sample.response_ids],
+                "entropy_tokens": [self.random.uniform(0, 3) for _ in sample.response_ids],
             }
             for sample in group.samples
         }
@@ -98,7 +99,7 @@ class Scene:
         asked, said = self.ids(prompt), self.ids(response)
         value = self.random.gauss(0.1 * step, 0.3)
         judged = self.random.gauss(0, 1)
-        detail = {"first": judged, "second": judged}
+        detail = {"first": judged, "second": judged, "judged_by": ["Nobody is hurt by it."]}
         scores = {
             "attention": Score(status="ok", value=value, detail={"coverage": 0.4, "focus": -0.9, "repeat": 0.0}),
             "judge": Score(status="failed", error=UNCLEAR)

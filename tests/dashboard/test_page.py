@@ -142,6 +142,8 @@ def test_verdicts_failures_and_comparison(page: Any, server: Server) -> None:
     go(page, server, "verdicts")
     expect(page.locator("#main")).to_contain_text("The better answer is true.")
     expect(page.locator("#main")).to_contain_text("orders disagree")
+    page.locator("details.judged-by summary").first.click()
+    expect(page.locator("details.judged-by li").first).to_have_text("Nobody is hurt by it.")
     go(page, server, "failures")
     expect(page.locator("#main")).to_contain_text("the judge gives too little")
     page.get_by_role("link", name=str(STEPS), exact=True).click()

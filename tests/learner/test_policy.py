@@ -59,7 +59,7 @@ def reference_logprobs(
 def test_logprobs_entropy_values_and_gradients(lm: Any, chunks: int) -> None:
     policy = PolicyWithValue(lm, value="shared").double().train()
     nn.init.normal_(policy.value_head.down.weight)
-    out = policy(inputs_of(lm), TEMPERATURE, chunks=chunks, need_entropy=True)
+    out = policy(inputs_of(lm), TEMPERATURE, chunks=chunks, entropy="gradient")
     expected = torch.zeros((), dtype=torch.float64)
     for i, sample in enumerate(SAMPLES):
         n = len(sample.response_ids)
@@ -93,7 +93,7 @@ def test_replay_of_truncated_sampling(lm: Any) -> None:
     kept = ((9, 3, 40), (), (11,))
     samples = [Tokens(SAMPLES[0].prompt_ids, SAMPLES[0].response_ids, kept), SAMPLES[1]]
     policy = PolicyWithValue(lm, value="none").double()
-    out = policy(inputs_of(lm, samples), TEMPERATURE, chunks=2, need_entropy=True)
+    out = policy(inputs_of(lm, samples), TEMPERATURE, chunks=2, entropy="gradient")
     for i, sample in enumerate(samples):
         logprobs, entropies = reference_logprobs(reference(lm, sample)[0], sample.response_ids, sample.kept_ids)
         for t in range(len(sample.response_ids)):
@@ -189,7 +189,7 @@ def test_bfloat16_gives_float32(build_lm: Callable[[str], Any]) -> None:
     lm = build_lm("llama").bfloat16()
     policy = PolicyWithValue(lm, value="shared").bfloat16()
     verify_head(policy)
-    out = policy(inputs_of(lm), need_entropy=True)
+    out = policy(inputs_of(lm), entropy="gradient")
     for x in (out.logprobs, out.entropy, out.values, out.next_values):
         assert x.dtype == torch.float32
         assert bool(x.isfinite().all())

@@ -69,7 +69,9 @@ def test_a_samples_figures_are_of_its_own_tokens_and_add_up() -> None:
     shape = batch.mask.shape
     reference = torch.full(shape, -1.5)
     whole = Advantages(torch.ones(shape) * batch.mask, torch.zeros(shape), batch.mask, batch.mask)
-    found = sample_figures(batch, whole, reference, None)
+    entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
+    found = sample_figures(batch, whole, reference, None, entropy)
+    assert [found[f"0:p:{k}"]["entropy_tokens"] for k in (0, 1)] == [[1.0, 2.0, 3.0], [4.0]]
     assert found["0:p:0"]["kl_tokens"] == [0.5, -0.5, -1.5]
     assert found["0:p:1"]["kl_tokens"] == [1.0], "no figure of what only pads"
     for figures in found.values():

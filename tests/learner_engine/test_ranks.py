@@ -73,6 +73,27 @@ def test_unchanged_weights_have_ratio_one(name: str, two_ranks: Any) -> None:
     assert metrics["reward/ok"] == 11
 
 
+@torch.no_grad()
+def test_entropies_are_those_of_the_policy_where_the_first_epoch_met_it(
+    model_dirs: dict[str, str], two_ranks: Any
+) -> None:
+    """Those of the first minibatch of the weights before the step, the others of weights that moved a little since."""
+    model: Any = load_policy_model(PolicySection(model=model_dirs["tied"])).double().eval()
+    said = two_ranks["tied"]["steps"][0]["samples"]
+    apart: list[float] = []
+    for sample in (s for group in batch(model_dirs["tied"], 0) for s in group.samples if s.sample_id in said):
+        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
+        logits = model(ids).logits[0, len(sample.prompt_ids) - 1 : -1]
+        expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
+        found = torch.tensor(said[sample.sample_id]["entropy_tokens"], dtype=torch.float64)
+        assert found.shape == expected.shape
+        apart.append(float((found - expected).abs().max()))
+    assert len(apart) == 11
+    assert sorted(apart)[2] < 1e-4
+    assert max(apart) < 0.1
+    assert two_ranks["tied"]["steps"][0]["metrics"]["policy/entropy"] == pytest.approx(math.log(64), abs=0.5)
+
+
 def test_the_adaptive_coefficient_moves_and_is_resumed(two_ranks: Any) -> None:
     coefficients = [step["metrics"]["kl/coef"] for step in two_ranks["stateful"]["steps"]]
     assert len(set(coefficients)) == 3

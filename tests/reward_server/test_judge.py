@@ -74,6 +74,7 @@ def test_log_odds_over_both_orders(scoring_models: Any) -> None:
     (judged,) = scored(scorer_of(model=path))
     component = judged.component
     assert component.value == pytest.approx(expected, abs=NEAR)
+    assert component.principles == ("Be true.",)
     consistent = (one[0] > one[1]) == (two[1] > two[0])
     assert component.detail["consistent"] == consistent
     assert ("judge_inconsistent" in judged.flags) == (not consistent)

@@ -191,7 +191,9 @@ def test_drawn_principles_are_a_function_of_seed_item_and_revision(scoring_model
         drawn = draw(rl, seed=3, sample_id=name, revision=scorer.revision, count=3, prompt_class=prompt_class)
         block = PRINCIPLE_TEMPLATE.replace("{principles}", "\n".join(f"- {text}" for text in drawn.texts))
         expected = logit_of(path, ("user", QUESTION), ("assistant", ANSWER), ("user", block))
-        assert value(scorer, id=name, prompt_class=prompt_class) == pytest.approx(expected, abs=NEAR)
+        (found,) = scored(scorer, {"id": name, "prompt_class": prompt_class})
+        assert found.component.value == pytest.approx(expected, abs=NEAR)
+        assert found.component.principles == drawn.texts
     again = scorer_of(kind="principle", model=path, seed=3)
     other = scorer_of(kind="principle", model=path, seed=4)
     values = [[value(one, id=str(i)) for i in range(4)] for one in (scorer, again, other)]

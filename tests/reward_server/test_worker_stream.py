@@ -126,3 +126,4 @@ def test_a_prompts_class_goes_from_the_data_to_its_principles(
         for sample in group.samples:
             assert sample.reward is not None
             assert sample.reward.value == pytest.approx(expected, abs=1e-5)
+            assert list(sample.scores["principle"].detail["judged_by"]) == [texts[principle]]

@@ -10,6 +10,7 @@ export const MEASURES = {
   entropy: { title: "attention entropy", meaning: "of the attention over the content, nats; low is sharp" },
   peak: { title: "peak share", meaning: "share of the mass that the most looked-at position has" },
   logprob: { title: "log-probability", meaning: "of the token under the policy that drew it, nats; strong is unlikely", turned: true },
+  policy_entropy: { title: "policy entropy", meaning: "of the policy's distribution at the token, nats; low is sure" },
   kl: { title: "KL to the reference", meaning: "log-probability minus the reference's, nats", signed: true },
 };
 

@@ -156,6 +156,9 @@ export function scores(sample) {
 }
 
 export function detail(found) {
-  const pairs = Object.entries(found ?? {});
+  const { judged_by: principles = [], ...rest } = found ?? {};
+  const pairs = Object.entries(rest);
+  const list = principles.length ? h("details", { class: "judged-by" }, h("summary", {}, principles.length === 1 ? "1 principle" : `${principles.length} principles`), h("ol", { class: "principles" }, principles.map((text) => h("li", {}, text)))) : null;
+  if (list) return h("div", {}, pairs.length ? detail(rest) : null, list);
   return pairs.length ? h("span", { class: "pairs" }, pairs.map(([name, amount]) => h("span", {}, h("span", { class: "quiet" }, `${name.replaceAll("_", " ")} `), typeof amount === "number" ? number(amount) : String(amount)))) : "–";
 }
