@@ -1,4 +1,4 @@
-"""The run page on a large run, and what ten watching pages cost a run.
+"""The run page on a large run, and what it costs a run to be watched.
 
 A run of 50,000 steps and 100,000 samples (two a step) is written as the driver writes it. Measured on it, in Chromium
 and over HTTP, by the server's own process:
@@ -10,9 +10,12 @@ memory_mib        largest resident memory of the server through all of it
 *_ms_p50, _p95    search, filter, histogram, curves, a page deep down: answers of the server, none asked before;
                   *_cpu_ms, what the server's processor took for one, however busy the machine was
 
-Then a small training run, with ten pages open on it in Chromium for some steps, and none for as many, in turn:
-`step_ratio` is the median wall time of a step with ten pages over that with none. The browser runs on the same machine,
-which it would not elsewhere; `server_cpu_share` is the share of one core that the server took meanwhile.
+Then a small training run, watched for some steps, and not for as many, in turn. `step_ratio` is the median wall time of
+a step while ten clients follow it, over that without any; its limit is 1. A client asks what a page asks (the summary,
+the curves of the first view, the events, then the stream, and the events again where there are new ones) and draws
+nothing: the people who watch have browsers on machines of their own. `step_ratio_pages` is the same with ten pages in
+Chromium on the machine of the run, which share its cores with it. `server_cpu_share` is the share of one core that the
+server took for ten clients.
 """
 
 import argparse
@@ -40,7 +43,11 @@ import psutil
 from benchmarks.common import finish, parse_options
 
 NAME = "dashboard"
-PAGES = 10
+WATCHING = 10
+"""Pages, or clients."""
+WATCHERS = ("nobody", "clients", "pages")
+CURVES = 13
+"""That the first view of the page draws."""
 TOKENS = 32
 """Of a response of the large run."""
 POOL = 256
@@ -59,12 +66,12 @@ class Size:
     asked: int
     """Answers that are timed, of each kind."""
     window: int
-    """Steps with pages, and without, in turn."""
+    """Steps with each kind of watchers, in turn."""
     windows: int
 
 
-FULL = Size(steps=50_000, samples=2, asked=40, window=30, windows=6)
-QUICK = Size(steps=2_000, samples=2, asked=10, window=5, windows=2)
+FULL = Size(steps=50_000, samples=2, asked=40, window=30, windows=9)
+QUICK = Size(steps=2_000, samples=2, asked=10, window=5, windows=3)
 
 
 def write_run(path: Path, size: Size) -> int:
@@ -234,14 +241,13 @@ def measure_page(size: Size, root: Path) -> dict[str, float]:
 
 
 class Watching(threading.Thread):
-    """Opens ten pages for `window` steps of a run and none for as many, in turn; notes which steps were which."""
+    """Has a run watched by nobody, by clients and by pages for `window` steps each; notes which steps were which."""
 
     def __init__(self, run: Path, cache: Path, size: Size, skip: int) -> None:
         super().__init__(daemon=True)
         self.run_path, self.cache, self.size, self.skip = run, cache, size, skip
-        self.with_pages: list[range] = []
-        self.without: list[range] = []
-        self.cpu: list[float] = []
+        self.steps_of: dict[str, list[range]] = {kind: [] for kind in WATCHERS}
+        self.cpu: dict[str, list[float]] = {kind: [] for kind in WATCHERS}
         self.problem: Exception | None = None
 
     def steps(self) -> int:
@@ -259,50 +265,85 @@ class Watching(threading.Thread):
         try:
             self.until(self.skip)
             for window in range(self.size.windows):
-                if window % 2:
-                    self.watched()
+                kind = WATCHERS[window % len(WATCHERS)]
+                if kind == "nobody":
+                    self.look_on(kind)
                 else:
-                    begin = self.steps() + 1
-                    self.until(begin + self.size.window)
-                    self.without.append(range(begin, begin + self.size.window))
+                    self.watched(kind)
         except Exception as error:
             self.problem = error
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # the run ends cleanly, by its own rule
 
-    def watched(self) -> None:
+    def look_on(self, kind: str) -> None:
+        begin = self.steps() + 1
+        self.until(begin + self.size.window)
+        self.steps_of[kind].append(range(begin, begin + self.size.window))
+
+    def watched(self, kind: str) -> None:
         with serving(self.run_path, self.cache) as (origin, token, process):
-            pages = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.dashboard", "--watch", f"{origin}/#token={token}"],
+            watchers = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.dashboard", "--watch", kind, origin, token],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
             try:
-                assert pages.stdout is not None
-                if "watching" not in pages.stdout.readline():
-                    raise RuntimeError("the pages did not open")
-                begin = self.steps() + 1
+                assert watchers.stdout is not None
+                if "watching" not in watchers.stdout.readline():
+                    raise RuntimeError(f"the {kind} did not open")
                 before, clock = cpu_s(process), time.monotonic()
-                self.until(begin + self.size.window)
-                self.with_pages.append(range(begin, begin + self.size.window))
-                self.cpu.append((cpu_s(process) - before) / (time.monotonic() - clock))
+                self.look_on(kind)
+                self.cpu[kind].append((cpu_s(process) - before) / (time.monotonic() - clock))
             finally:
-                pages.communicate(input="end\n", timeout=60)
+                watchers.communicate(input="end\n", timeout=60)
 
 
-def watch(url: str) -> None:
+def until_told() -> None:
+    sys.stdout.write("watching\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
+
+
+def pages(origin: str, token: str) -> None:
     """Ten pages on a run, each in a browser profile of its own, until standard input has a line."""
     with chromium() as browser:
-        for _ in range(PAGES):
+        for _ in range(WATCHING):
             page = browser.new_context().new_page()
-            page.goto(url)
+            page.goto(f"{origin}/#token={token}")
             page.locator("#how").wait_for(timeout=120_000)
-        sys.stdout.write("watching\n")
-        sys.stdout.flush()
-        sys.stdin.readline()
+        until_told()
+
+
+def clients(origin: str, token: str) -> None:
+    """Ten clients that ask what ten pages ask, until standard input has a line."""
+    opened = threading.Barrier(WATCHING + 1, timeout=120)
+    for _ in range(WATCHING):
+        threading.Thread(target=follow, args=(origin, token, opened), daemon=True).start()
+    opened.wait()
+    until_told()
+
+
+def follow(origin: str, token: str, opened: threading.Barrier) -> None:
+    """What a page asks of the server for as long as it is open."""
+    client = httpx.Client(base_url=origin, headers={"authorization": f"Bearer {token}"}, timeout=120)
+
+    def ask(path: str, **params: Any) -> Any:
+        return client.get(f"/api/{path}", params=params).raise_for_status().json()
+
+    run = ask("runs")["runs"][0]["name"]
+    metrics = ask("run", run=run)["metrics"][:CURVES]
+    ask("curves", run=run, name=metrics, points=600)
+    ask("events", run=run, level="", most=2000)
+    with client.stream("GET", "/api/stream", params={"run": run}) as stream:
+        opened.wait()
+        asked = time.monotonic()
+        for line in stream.iter_lines():
+            if line == "event: events" and time.monotonic() - asked > 1:
+                asked = time.monotonic()
+                ask("events", run=run, level="", most=2000)
 
 
 def measure_run(size: Size, root: Path) -> dict[str, float]:
-    """Of a small training run: what ten pages cost it."""
+    """Of a small training run: what it costs to be watched."""
     from rich.console import Console
 
     from benchmarks import pipeline
@@ -331,13 +372,15 @@ def measure_run(size: Size, root: Path) -> dict[str, float]:
     def walls(ranges: list[range]) -> list[float]:
         return [rows[step]["time/step_s"] for steps in ranges for step in steps if step in rows]
 
-    with_pages, without = walls(watching.with_pages), walls(watching.without)
-    if not with_pages or not without:
-        raise RuntimeError("the run ended before both had steps")
+    found = {kind: walls(steps) for kind, steps in watching.steps_of.items()}
+    if not all(found.values()):
+        raise RuntimeError("the run ended before each had steps")
+    alone = median(found["nobody"])
     return {
-        "step_s_no_page": median(without), "step_s_ten_pages": median(with_pages),
-        "step_ratio": median(with_pages) / median(without), "steps_no_page": len(without),
-        "steps_ten_pages": len(with_pages), "server_cpu_share": median(watching.cpu),
+        **{f"step_s_{kind}": median(times) for kind, times in found.items()},
+        **{f"steps_{kind}": len(times) for kind, times in found.items()},
+        "step_ratio": median(found["clients"]) / alone, "step_ratio_pages": median(found["pages"]) / alone,
+        "server_cpu_share": median(watching.cpu["clients"]),
     }  # fmt: skip
 
 
@@ -349,10 +392,11 @@ def loaded() -> Mapping[str, float]:
 def main() -> None:
     if "--watch" in sys.argv:
         parser = argparse.ArgumentParser()
-        parser.add_argument("--watch")
-        watch(parser.parse_args().watch)
+        parser.add_argument("--watch", nargs=3)
+        kind, origin, token = parser.parse_args().watch
+        {"clients": clients, "pages": pages}[kind](origin, token)
         return
-    options = parse_options(NAME, "The run page on a large run, and what ten watching pages cost a run.")
+    options = parse_options(NAME, "The run page on a large run, and what it costs a run to be watched.")
     size = QUICK if options.quick else FULL
     before = loaded()
     with tempfile.TemporaryDirectory(prefix="attune-dashboard-") as root:

@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from services.dashboard import curves, queries
 from services.dashboard.access import Access
+from services.dashboard.bad_batches import bad_batch, bad_batches
 from services.dashboard.layout import (
     RunFiles,
     encoded,
@@ -260,6 +261,18 @@ def create_app(runs: Runs, *, token: str, hosts: Sequence[str]) -> FastAPI:
         with watched.database() as database:
             key = ("failures", run, watched.version)
             return answers.of(key, lambda: failures_of(watched, queries.failures(database)))
+
+    @app.get("/api/bad_batches")
+    def all_bad_batches(run: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json({"batches": bad_batches(runs.open(run).run)})
+
+    @app.get("/api/bad_batch")
+    def one_bad_batch(run: str, step: Annotated[int, Query(ge=0)]) -> Response:  # pyright: ignore[reportUnusedFunction]
+        files = runs.open(run).run
+        found = bad_batch(files, step, tokenizer_of(files))
+        if found is None:
+            raise Refused(404, "no_batch", f"the run kept no batch of step {step} in bad_batches/")
+        return _json(found)
 
     @app.get("/api/stream")
     async def stream(run: str, last_event_id: Annotated[str | None, Header()] = None) -> Response:  # pyright: ignore[reportUnusedFunction]

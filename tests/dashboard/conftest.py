@@ -77,6 +77,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
             hostile = name == "done" and number == 5
             scene.step(HOSTILE if hostile else None, HOSTILE if hostile else None)
         scene.run.event("rollout_died", actor="rollout-0", error=f"it is gone {HOSTILE}")
+        if name == "done":
+            scene.run.write_bad_batch(
+                7, [scene.group(7, HOSTILE, HOSTILE), scene.group(8, None, None)], f"NaN {HOSTILE}"
+            )
         scene.run.event("finished", signal=None, steps=scene.steps, committed=scene.steps)
         scene.run.unlock()
     return root

@@ -153,7 +153,22 @@ def test_verdicts_failures_and_comparison(page: Any, server: Server) -> None:
     expect(page.get_by_role("table", name="Where the recipes differ")).to_contain_text("run.name")
 
 
-@pytest.mark.parametrize("view", ["overview", "samples", "failures", HOSTILE_SAMPLE, "group?group=0%3A00000005&step=5"])
+def test_a_batch_that_was_not_trained_on_can_be_looked_at(page: Any, server: Server) -> None:
+    go(page, server, "failures")
+    table = page.get_by_role("table", name="Batches that were not trained on")
+    expect(table).to_contain_text("NaN")
+    table.get_by_role("link", name="look at them").click()
+    expect(page.get_by_role("heading", name="The batch of step 7, not trained on")).to_be_visible()
+    expect(page.get_by_role("article")).to_have_count(2 * SAMPLES)
+    expect(page.get_by_role("article").last).to_contain_text("attention")
+    go(page, server, "bad?step=3")
+    expect(page.get_by_role("alert")).to_contain_text("kept no batch of step 3")
+
+
+BAD, GROUP = "bad?step=7", "group?group=0%3A00000005&step=5"
+
+
+@pytest.mark.parametrize("view", ["overview", "samples", "failures", HOSTILE_SAMPLE, GROUP, BAD])
 def test_markup_in_prompts_responses_and_errors_is_text(page: Any, server: Server, view: str) -> None:
     go(page, server, view)
     if view == "samples":
@@ -251,7 +266,15 @@ def test_keys_a_zoom_and_a_table_in_place_of_a_curve(page: Any, server: Server) 
 def test_a_narrow_screen_scrolls_in_one_direction_only(browser: Any, server: Server) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 740})
     page = context.new_page()
-    for view in ("overview", "rewards", "samples", "sample?sample=0%3A00000000%3A0&step=0", "verdicts", "failures"):
+    for view in (
+        "overview",
+        "rewards",
+        "samples",
+        "sample?sample=0%3A00000000%3A0&step=0",
+        "verdicts",
+        "failures",
+        BAD,
+    ):
         go(page, server, view)
         page.wait_for_timeout(300)
         wide = page.evaluate("() => document.documentElement.scrollWidth")
@@ -273,7 +296,7 @@ def test_axe_finds_no_serious_fault(browser: Any, server: Server, scheme: str) -
     page.goto(server.url)
     page.evaluate(AXE.read_text(encoding="utf-8"))  # the page never loads anew: its views follow the fragment
     views = ("overview", "rewards", "flow", "samples", "verdicts", "failures", "compare?with=other", HOSTILE_SAMPLE,
-             "sample?sample=0%3A00000000%3A0&step=0", "group?group=0%3A00000001&step=1")  # fmt: skip
+             "sample?sample=0%3A00000000%3A0&step=0", "group?group=0%3A00000001&step=1", BAD)  # fmt: skip
     for view in ("", *views):
         if view:
             go(page, server, view)

@@ -42,7 +42,7 @@ async function go() {
     if (!runs.length || !run) runs = (await get("runs")).runs;
     if (mine !== turn) return;
     if (!run && runs.length === 1) { history.replaceState(null, "", link(runs[0].name, "overview")); ({ run, name, query } = place()); }
-    const module = import(run ? `./view-${VIEWS.some(([known]) => known === name) || name === "sample" || name === "group" ? name : "overview"}.js` : "./view-runs.js");
+    const module = import(run ? `./view-${VIEWS.some(([known]) => known === name) || ["sample", "group", "bad"].includes(name) ? name : "overview"}.js` : "./view-runs.js");
     if (run) await enter(run); else leave();
     if (mine !== turn) return;
     head(name);
