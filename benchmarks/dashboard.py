@@ -10,12 +10,13 @@ memory_mib        largest resident memory of the server through all of it
 *_ms_p50, _p95    search, filter, histogram, curves, a page deep down: answers of the server, none asked before;
                   *_cpu_ms, what the server's processor took for one, however busy the machine was
 
-Then a small training run, watched for some steps, and not for as many, in turn. `step_ratio` is the median wall time of
-a step while ten clients follow it, over that without any; its limit is 1. A client asks what a page asks (the summary,
-the curves of the first view, the events, then the stream, and the events again where there are new ones) and draws
-nothing: the people who watch have browsers on machines of their own. `step_ratio_pages` is the same with ten pages in
-Chromium on the machine of the run, which share its cores with it. `server_cpu_share` is the share of one core that the
-server took for ten clients.
+Then a small training run. A server and ten clients follow it, and are stopped (SIGSTOP) and let go on again every few
+steps: `step_ratio` is the time of a step while they follow over that while they stand still, the median over such pairs
+of neighbours, between `step_ratio_low` and `step_ratio_high` in half of them; its limit is 1. A client asks what a page
+asks (the summary, the curves of the first view, the events, then the stream, and the events again where there are new
+ones) and draws nothing: the people who watch have browsers on machines of their own. `server_cpu_share` and
+`clients_cpu_share` are shares of one core that both took. `step_ratio_pages` is the time of a step with ten pages in
+Chromium on the machine of the run, whose cores they share, over that before they were opened.
 """
 
 import argparse
@@ -45,7 +46,6 @@ from benchmarks.common import finish, parse_options
 NAME = "dashboard"
 WATCHING = 10
 """Pages, or clients."""
-WATCHERS = ("nobody", "clients", "pages")
 CURVES = 13
 """That the first view of the page draws."""
 TOKENS = 32
@@ -66,12 +66,12 @@ class Size:
     asked: int
     """Answers that are timed, of each kind."""
     window: int
-    """Steps with each kind of watchers, in turn."""
-    windows: int
+    """Steps while clients follow, and while they stand still."""
+    pairs: int
 
 
-FULL = Size(steps=50_000, samples=2, asked=40, window=30, windows=9)
-QUICK = Size(steps=2_000, samples=2, asked=10, window=5, windows=3)
+FULL = Size(steps=50_000, samples=2, asked=40, window=10, pairs=24)
+QUICK = Size(steps=2_000, samples=2, asked=10, window=4, pairs=4)
 
 
 def write_run(path: Path, size: Size) -> int:
@@ -241,13 +241,16 @@ def measure_page(size: Size, root: Path) -> dict[str, float]:
 
 
 class Watching(threading.Thread):
-    """Has a run watched by nobody, by clients and by pages for `window` steps each; notes which steps were which."""
+    """Has a run followed by clients and left alone in turn, then by pages; notes which steps were which."""
 
     def __init__(self, run: Path, cache: Path, size: Size, skip: int) -> None:
         super().__init__(daemon=True)
         self.run_path, self.cache, self.size, self.skip = run, cache, size, skip
-        self.steps_of: dict[str, list[range]] = {kind: [] for kind in WATCHERS}
-        self.cpu: dict[str, list[float]] = {kind: [] for kind in WATCHERS}
+        self.pairs: list[tuple[range, range]] = []
+        """Steps while clients followed, and the next ones without."""
+        self.pages: tuple[range, range] | None = None
+        """Steps with pages, and those before they were opened."""
+        self.server_cpu = self.clients_cpu = 0.0
         self.problem: Exception | None = None
 
     def steps(self) -> int:
@@ -259,28 +262,45 @@ class Watching(threading.Thread):
         while self.steps() < steps:
             if time.monotonic() > end:
                 raise RuntimeError(f"the run did not come to step {steps} within {WAIT_S:.0f} s")
-            time.sleep(0.1)
+            time.sleep(0.05)
+
+    def next_steps(self, count: int) -> range:
+        """Waits for `count` whole steps from now."""
+        begin = self.steps() + 1
+        self.until(begin + count)
+        return range(begin, begin + count)
 
     def run(self) -> None:
         try:
             self.until(self.skip)
-            for window in range(self.size.windows):
-                kind = WATCHERS[window % len(WATCHERS)]
-                if kind == "nobody":
-                    self.look_on(kind)
-                else:
-                    self.watched(kind)
+            with self.watched("clients") as (server, watchers):
+                self.take_turns(server, watchers)
+            alone = self.next_steps(3 * self.size.window)
+            with self.watched("pages"):
+                self.pages = self.next_steps(3 * self.size.window), alone
         except Exception as error:
             self.problem = error
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # the run ends cleanly, by its own rule
 
-    def look_on(self, kind: str) -> None:
-        begin = self.steps() + 1
-        self.until(begin + self.size.window)
-        self.steps_of[kind].append(range(begin, begin + self.size.window))
+    def take_turns(self, *followers: psutil.Process) -> None:
+        used, took = [0.0, 0.0], 0.0
+        for _ in range(self.size.pairs):
+            before, clock = [cpu_s(process) for process in followers], time.monotonic()
+            followed = self.next_steps(self.size.window)
+            took += time.monotonic() - clock
+            used = [u + cpu_s(process) - b for u, process, b in zip(used, followers, before, strict=True)]
+            for process in followers:
+                process.suspend()
+            try:
+                self.pairs.append((followed, self.next_steps(self.size.window)))
+            finally:
+                for process in followers:
+                    process.resume()
+        self.server_cpu, self.clients_cpu = used[0] / took, used[1] / took
 
-    def watched(self, kind: str) -> None:
+    @contextmanager
+    def watched(self, kind: str) -> Iterator[tuple[psutil.Process, psutil.Process]]:
         with serving(self.run_path, self.cache) as (origin, token, process):
             watchers = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.dashboard", "--watch", kind, origin, token],
@@ -290,9 +310,7 @@ class Watching(threading.Thread):
                 assert watchers.stdout is not None
                 if "watching" not in watchers.stdout.readline():
                     raise RuntimeError(f"the {kind} did not open")
-                before, clock = cpu_s(process), time.monotonic()
-                self.look_on(kind)
-                self.cpu[kind].append((cpu_s(process) - before) / (time.monotonic() - clock))
+                yield process, psutil.Process(watchers.pid)
             finally:
                 watchers.communicate(input="end\n", timeout=60)
 
@@ -369,18 +387,19 @@ def measure_run(size: Size, root: Path) -> dict[str, float]:
         raise watching.problem
     rows = {int(row["step"]): row for row in read_jsonl(root / "run" / "metrics.jsonl")}
 
-    def walls(ranges: list[range]) -> list[float]:
-        return [rows[step]["time/step_s"] for steps in ranges for step in steps if step in rows]
+    def step_s(steps: range) -> float:
+        return median(rows[step]["time/step_s"] for step in steps)
 
-    found = {kind: walls(steps) for kind, steps in watching.steps_of.items()}
-    if not all(found.values()):
-        raise RuntimeError("the run ended before each had steps")
-    alone = median(found["nobody"])
+    assert watching.pages is not None
+    with_pages, before = map(step_s, watching.pages)
+    ratios = [step_s(followed) / step_s(alone) for followed, alone in watching.pairs]
+    low, ratio, high = quantiles(ratios, n=4)
     return {
-        **{f"step_s_{kind}": median(times) for kind, times in found.items()},
-        **{f"steps_{kind}": len(times) for kind, times in found.items()},
-        "step_ratio": median(found["clients"]) / alone, "step_ratio_pages": median(found["pages"]) / alone,
-        "server_cpu_share": median(watching.cpu["clients"]),
+        "step_s_alone": median(step_s(alone) for _, alone in watching.pairs),
+        "pairs": len(ratios), "steps_of_each": sum(len(followed) for followed, _ in watching.pairs),
+        "step_ratio": ratio, "step_ratio_low": low, "step_ratio_high": high,
+        "server_cpu_share": watching.server_cpu, "clients_cpu_share": watching.clients_cpu,
+        "step_s_pages": with_pages, "step_ratio_pages": with_pages / before,
     }  # fmt: skip
 
 

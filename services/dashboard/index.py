@@ -38,6 +38,7 @@ FAULTS = frozenset(
         "fewer_ranks",
         "group_failed",
         "ledger_behind",
+        "ledger_forgotten",
         "ledger_rebuilt",
         "part_missing",
         "source_silent",

@@ -98,6 +98,7 @@ def kill_actor(actor: str) -> None:
     random.choice(found).send_signal(signal.SIGKILL)
 
 
+@pytest.mark.slow  # in the suite a rank dies in test_chaos.py, and a driver bit for bit above
 def test_a_learner_that_lost_a_rank_goes_on_inside_the_run_bit_for_bit(
     uninterrupted: Path, start: Start, recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -214,7 +214,8 @@ def events_of(run: Path) -> list[str]:
     return [json.loads(line)["event"] for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.mark.slow  # in the suite a rollout actor dies in test_chaos.py
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_a_dead_rollout_actor_is_replaced(
     start: Callable[..., Any], recipe: Recipe, tmp_path: Path, engine: str
 ) -> None:
