@@ -15,7 +15,7 @@ export async function show(place, run, query) {
     const over = samples.map((sample) => sample.measures[measure]).filter(Boolean);
     if (measure) { const { low, high } = strengths(measure, over.flat()); fill(scale, legend(measure, low, high)); }
     fill(cards, samples.map((sample) => h("article", { class: "card", "aria-label": `Sample ${sample.sample_id}` },
-      h("h2", {}, sample.sample_id, sample.finish_reason === "length" ? h("span", { class: "tag" }, "cut") : null),
+      h("h2", {}, `${sample.sample_id} `, sample.finish_reason === "length" ? h("span", { class: "tag" }, "cut") : null),
       h("p", { class: "prompt" }, sample.prompt || "(empty prompt)"),
       measure && sample.measures[measure] ? coloured(sample, measure, over) : h("p", { class: "tokens flat" }, sample.response),
       scores(sample))));
