@@ -33,7 +33,6 @@ class Batches:
         self._history = history
         self._ledger = ledger
         self._done_before = history.epochs_committed()
-        self._settled = 0
         self.feed = Feed(
             data.splits.train,
             seed=config.run.seed,
@@ -137,9 +136,8 @@ class Batches:
         """
         try:
             self._ledger.commit(steps)
-            if self._done_before > self._settled:
+            if self._done_before > self.feed.settled:
                 self.feed.settle(self._ledger, self._history.settled(self._done_before))
-                self._settled = self._done_before
             self._done_before = self._history.epochs_committed()
         except LedgerError as error:
             raise LedgerBehind(f"the ledger cannot be told of a commit: {error}") from error

@@ -40,7 +40,8 @@ class Feed:
         self._seed = seed
         self._epochs = epochs
         self._registered = 0
-        self._settled = 0
+        self.settled = 0
+        """Epochs that have left the ledger."""
         self._by_group: dict[str, Prompt] = {}
         self.groups_per_step = groups_per_step
         self.total_groups = epochs * len(prompts)
@@ -54,7 +55,7 @@ class Feed:
 
     def register_again(self, ledger: Ledger) -> None:
         """Registers what was registered before, in a ledger that may have lost it."""
-        for epoch in range(self._settled, self._registered):
+        for epoch in range(self.settled, self._registered):
             self._register_epoch(ledger, epoch)
 
     def settle(self, ledger: Ledger, done: Settled) -> None:
@@ -64,7 +65,7 @@ class Feed:
 
     def begin_after(self, epochs: int) -> None:
         """The first `epochs` epochs are settled: nothing of them is registered any more."""
-        self._settled = max(self._settled, epochs)
+        self.settled = max(self.settled, epochs)
         self._registered = max(self._registered, epochs)
         self._by_group = {group: prompt for group, prompt in self._by_group.items() if epoch_of(group) >= epochs}
 

@@ -13,7 +13,7 @@ writing it and telling the ledger.
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from cluster.recipe import resolve
 from cluster.run_dir import RunDir, read_jsonl
 from learner.commit import latest_manifest
 from services.errors import UserError
-from services.records import Failure, GroupState
+from services.records import Failure, GroupState, Prompt, epoch_of
 from services.stream.account import STATES, Account, GroupRow, Settled
 from services.stream.connect import address_of, connect
 from services.stream.embedded import EmbeddedRedis, address_in
@@ -195,22 +195,26 @@ def _from_recipe(run: RunDir, notes: list[str]) -> _Found:
     found = _Found("the last commit and the recipe's prompts", {}, set())
     manifest, _ = latest_manifest(run.path)
     done = 0 if manifest is None else sum(map(len, manifest["steps"].values())) + len(manifest["failed"])
-    found.rows.update(
-        (row.group_id, row)
-        for row in _pending(run, lambda prompts, epochs: epochs_registered(prompts, epochs, done), notes)
-    )
+    loaded = _recipe_of(run, notes)
+    if loaded is not None:
+        config, prompts = loaded
+        epochs = epochs_registered(len(prompts), config.run.epochs, done)
+        found.rows.update((row.group_id, row) for row in _pending(config, prompts, epochs))
     return found
 
 
-def _pending(run: RunDir, epochs: Callable[[int, int], int], notes: list[str]) -> Iterator[GroupRow]:
-    """The recipe's prompts as groups of the first `epochs(prompts, epochs of the run)` epochs."""
+def _recipe_of(run: RunDir, notes: list[str]) -> tuple[Config, Sequence[Prompt]] | None:
     try:
         config = _config_of(run)
-        prompts = load_prompts(config.data).train
+        return config, load_prompts(config.data).train
     except (UserError, StreamUnavailable) as error:
         notes.append(f"the prompts that are in no commit cannot be named: {error}")
-        return
-    for epoch in range(epochs(len(prompts), config.run.epochs)):
+        return None
+
+
+def _pending(config: Config, prompts: Sequence[Prompt], epochs: int) -> Iterator[GroupRow]:
+    """The groups of the first epochs, as if nothing had become of them."""
+    for epoch in range(epochs):
         for group_id, order, _ in groups_of_epoch(prompts, config.run.seed, epoch):
             yield GroupRow(group_id, "pending", epoch, order, 0, None, None, None, None)
 
@@ -234,13 +238,14 @@ def _name_unsettled(run: RunDir, found: _Found, notes: list[str]) -> None:
     epochs = found.settled.epochs
     known = found.committed | found.rows.keys()
     if sum(_place(group_id)[0] < epochs for group_id in known) < found.settled.committed + found.settled.failed:
-        lost = (row for row in _pending(run, lambda *_: epochs, notes) if row.group_id not in known)
-        found.rows.update((row.group_id, replace(row, failure=_GONE)) for row in lost)
+        loaded = _recipe_of(run, notes)
+        rows = () if loaded is None else _pending(*loaded, epochs)
+        found.rows.update((row.group_id, replace(row, failure=_GONE)) for row in rows if row.group_id not in known)
 
 
 def _place(group_id: str) -> tuple[int, int]:
     with suppress(ValueError):
-        return int(group_id.partition(":")[0]), 0
+        return epoch_of(group_id), 0
     return 0, 0
 
 

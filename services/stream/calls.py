@@ -59,14 +59,16 @@ class Calls:
     def command(self, *args: Argument) -> Any:
         return self._patiently(str(args[0]), lambda: self._execute(*args))
 
-    def script(self, name: str, prefix: str, *args: Argument) -> Any:
+    def script(self, name: str, prefix: str, *args: Argument, wait_out: tuple[type[Exception], ...] = ()) -> Any:
+        """The reply of a script. Refusals of the kinds in `wait_out` are waited out as silence is."""
+
         def call() -> Any:
             try:
                 return self._execute("EVALSHA", _script_sha(name), 1, prefix, *args)
             except NoScriptError:
                 return self._execute("EVAL", script_text(name), 1, prefix, *args)
 
-        return self._patiently(f"the ledger's {name}", call)
+        return self._patiently(f"the ledger's {name}", call, wait_out)
 
     def commands(self, all_args: Sequence[Sequence[Argument]], *, at_once: bool = False) -> list[Any]:
         """Several commands that only read, in one round trip; with `at_once`, nothing comes between them."""
@@ -82,7 +84,7 @@ class Calls:
     def _execute(self, *args: Argument) -> Any:
         return cast(Any, self._client.execute_command(*args))  # pyright: ignore[reportUnknownMemberType]
 
-    def _patiently(self, what: str, call: Callable[[], T]) -> T:
+    def _patiently(self, what: str, call: Callable[[], T], wait_out: tuple[type[Exception], ...] = ()) -> T:
         started = time.monotonic()
         pause = _FIRST_PAUSE_S
         while True:
@@ -91,15 +93,18 @@ class Calls:
             except (AuthenticationError, AuthorizationError) as error:
                 raise StreamUnavailable(f"{self.where} refuses the password or user: {error}") from None
             except (ConnectionError, TimeoutError) as error:
-                waited = time.monotonic() - started
-                if waited + pause > self._patience_s:
-                    raise StreamLost(waited_for=what, who=f"{self.where} ({error})", seconds=waited) from error
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                why = error
             except OutOfMemoryError as error:
                 raise StreamFull(f"{self.where} is out of memory: {error}") from error
             except ResponseError as error:
-                raise _translated(error, self.where) from error
+                why = _translated(error, self.where)
+                if not isinstance(why, wait_out):
+                    raise why from error
+            waited = time.monotonic() - started
+            if waited + pause > self._patience_s:
+                raise StreamLost(waited_for=what, who=f"{self.where} ({why})", seconds=waited) from why
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 def _translated(error: ResponseError, where: str) -> Exception:
@@ -109,7 +114,7 @@ def _translated(error: ResponseError, where: str) -> Exception:
     if text.startswith("LOST "):
         return LedgerLost(f"{where}: {text.removeprefix('LOST ')}")
     if text.startswith("FORGETTING "):
-        return LedgerForgetting(f"{where}: {text.removeprefix('FORGETTING ')}")
+        return LedgerForgetting(text.removeprefix("FORGETTING "))
     if text.startswith("MISCONF") or "OOM command not allowed" in text:
         return StreamFull(f"{where} refuses writes: {text}")
     return error

@@ -23,9 +23,9 @@ class LedgerLost(LedgerError):  # noqa: N818
     """Redis no longer holds what the driver wrote last, or another driver has claimed the ledger. Nothing changed."""
 
 
-class CodecError(Exception):
-    """Bytes that are not a record of this schema version."""
-
-
 class LedgerForgetting(LedgerLost):
     """The run's keys are being removed, or whoever began that has died: nothing may be written meanwhile."""
+
+
+class CodecError(Exception):
+    """Bytes that are not a record of this schema version."""

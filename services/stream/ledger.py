@@ -36,7 +36,7 @@ from services.stream.calls import Argument
 from services.stream.codec import decode_group, decode_prompt, encode_group, encode_prompt
 from services.stream.config import StreamSection
 from services.stream.connect import connect
-from services.stream.errors import LedgerError, LedgerForgetting, LedgerLost, StreamLost
+from services.stream.errors import LedgerError, LedgerForgetting, LedgerLost
 
 __all__ = ["STATES", "Gate", "GroupRow", "Ledger", "LoadWeights", "Settled", "Wait", "open_ledger"]
 
@@ -86,7 +86,6 @@ class Ledger(Account):
         self, client: redis.Redis, run_id: str, *, patience_s: float = 30.0, lease_losses: int | None = None
     ) -> None:
         super().__init__(client, run_id, patience_s=patience_s)
-        self._patience_s = patience_s
         self._lease_losses = "" if lease_losses is None else lease_losses
         self._heard = "0-0"
         self._recalled: set[str] = set()
@@ -407,15 +406,7 @@ class Ledger(Account):
         """A call by anybody: it waits while the driver makes the ledger anew."""
         if self.on_lost is not None:
             return self._made_anew_for(lambda: self._calls.script(name, self._prefix, *args))
-        began = time.monotonic()
-        while True:
-            try:
-                return self._calls.script(name, self._prefix, *args)
-            except LedgerForgetting as error:
-                waited = time.monotonic() - began
-                if waited > self._patience_s:
-                    raise StreamLost(waited_for=f"the ledger's {name}", who=str(error), seconds=waited) from error
-            time.sleep(_LOOK_AGAIN_S)
+        return self._calls.script(name, self._prefix, *args, wait_out=(LedgerForgetting,))
 
     def _driven(self, name: str, *args: Argument) -> Any:
         """A call in the driver's chain."""

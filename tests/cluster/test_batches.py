@@ -78,7 +78,7 @@ def held(url: str) -> int:
     return sum(1 for _ in cast(redis.Redis, connect(url)).scan_iter(match="attune:{run}:group:*", count=1000))
 
 
-def test_a_run_holds_two_epochs_however_long_it_is(tmp_path: Path, url: str) -> None:
+def test_a_run_holds_three_epochs_however_long_it_is(tmp_path: Path, url: str) -> None:
     driver = Driver(tmp_path, url)
     most = 0
     while driver.history.steps_done < driver.batches.feed.total_steps:

@@ -136,3 +136,14 @@ def test_an_epoch_larger_than_one_call_may_drop(desk: Any, client: redis.Redis) 
     ledger.settle(Settled(1, 1203, 0), 1203)
     assert ledger.counts()["committed"] == 1203
     assert keys(client, ledger) == 0
+
+
+def test_a_group_that_has_no_place_yet_is_none_of_an_epoch_that_is_done(desk: Any) -> None:
+    """Of a manifest's failed groups only the name is known until their epoch is registered."""
+    ledger: Ledger = desk.ledger
+    committed, _ = train_epoch(desk, 0)
+    ledger.reconcile({0: committed}, {"1:p3": desk.DATA})
+    ledger.settle(Settled(1, 6, 0), EPOCH)
+    assert ledger.ids("failed") == ["1:p3"]
+    register(ledger, 1)
+    assert (ledger.counts()["failed"], ledger.counts()["pending"]) == (1, 5)
