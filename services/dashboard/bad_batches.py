@@ -1,5 +1,6 @@
 """Batches that the run did not train on: `RUN/bad_batches/step_N.jsonl`, line one says why, the others are samples."""
 
+from itertools import islice
 from typing import Any
 
 from services.dashboard.layout import RunFiles, parsed
@@ -10,18 +11,17 @@ MOST = 200
 
 
 def bad_batches(run: RunFiles) -> list[dict[str, Any]]:
-    """(step, why, bytes) of the last MOST of them, newest first."""
+    """(step, why) of the last MOST of them, newest first."""
     files = sorted((run.path / "bad_batches").glob("step_*.jsonl"), reverse=True)[:MOST]
     found: list[dict[str, Any]] = []
     for file in files:
         try:
             with file.open("rb") as lines:
                 head = parsed(lines.readline())
-            size = file.stat().st_size
         except OSError:  # removed meanwhile
             continue
         if head is not None:
-            found.append({"step": head.get("step"), "why": head.get("why"), "bytes": size})
+            found.append({"step": head.get("step"), "why": head.get("why")})
     return found
 
 
@@ -30,9 +30,9 @@ def bad_batch(run: RunFiles, step: int, tokenizer: Tokenizer) -> dict[str, Any] 
     try:
         with (run.path / "bad_batches" / f"step_{step:06d}.jsonl").open("rb") as lines:
             head = parsed(lines.readline()) or {}
-            rows = [row for line, _ in zip(lines, range(MOST), strict=False) if (row := parsed(line)) is not None]
+            rows = [row for line in islice(lines, MOST) if (row := parsed(line)) is not None]
             more = sum(1 for _ in lines)
-    except FileNotFoundError:
+    except OSError:  # none of that step; or a number that makes no name
         return None
     samples = [token_view({**row, "step": step}, tokenizer) for row in rows]
     return {"step": step, "why": head.get("why"), "samples": samples, "more": more}

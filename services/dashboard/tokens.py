@@ -92,7 +92,7 @@ def token_view(row: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
 
     Each measure is one number a response token: `mass` M_t, `salient_mass` C_t, `entropy` of the attention as a
     distribution over the content (nats), `peak` X_t / M_t, `logprob`, `kl` to the reference (k1, nats),
-    `policy_entropy` of the distribution that the token was drawn from, as the learner met it (nats).
+    `policy_entropy` of the trained policy's distribution there, where the step's first epoch met it (nats).
     """
     prompt, response = _ids(row, "prompt_ids"), _ids(row, "response_ids")
     attention: Mapping[str, Any] = row.get("attention") or {}

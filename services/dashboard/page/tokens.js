@@ -1,7 +1,7 @@
 // Tokens coloured by a measure. One hue for what is never negative, two for what has a sign; the strongest tint still
 // leaves the text readable in light and in dark.
 
-import { h } from "./dom.js";
+import { fill, h } from "./dom.js";
 import { number } from "./format.js";
 
 export const MEASURES = {
@@ -71,4 +71,20 @@ export function chooser(names, chosen, choose) {
     const input = h("input", { type: "radio", name: "measure", value: name, checked: name === chosen, onchange: () => choose(name) });
     return h("label", { title: MEASURES[name].meaning }, input, h("span", {}, MEASURES[name].title));
   }));
+}
+
+/** Articles of samples coloured on one scale by the measure that is chosen: [chooser, scale, articles]. */
+export function onOneScale(samples, settings, shape, article) {
+  const names = Object.keys(MEASURES).filter((measure) => samples.some((sample) => sample.measures[measure]));
+  const articles = h("div", { class: shape }), scale = h("div", {});
+  const colour = (measure) => {
+    settings.measure = measure;
+    settings.keep();
+    const over = samples.map((sample) => sample.measures[measure]).filter(Boolean);
+    if (measure) { const { low, high } = strengths(measure, over.flat()); fill(scale, legend(measure, low, high)); }
+    fill(articles, samples.map((sample, i) => article(sample, i, sample.measures[measure] ? coloured(sample, measure, over) : h("p", { class: "tokens flat" }, sample.response))));
+  };
+  const first = names.includes(settings.measure) ? settings.measure : names[0];
+  colour(first);
+  return [names.length ? chooser(names, first, colour) : null, scale, articles];
 }
