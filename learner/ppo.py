@@ -257,9 +257,9 @@ def _pass(
 
 def _put(into: Tensor, micro: MicroBatch, rows: Tensor) -> None:
     """Rows [n, width] of a micro-batch in their places in [B, T], but for those that only keep the ranks in step."""
-    counts = torch.tensor([weight > 0 for weight in micro.weights], device=into.device)
-    places = torch.tensor(micro.rows, device=into.device)[counts]
-    into[places, : rows.shape[1]] = rows[counts].float()
+    counted = [at for at, weight in enumerate(micro.weights) if weight > 0]  # on the host: the device is not waited for
+    places = torch.tensor([micro.rows[at] for at in counted], dtype=torch.long, device=into.device)
+    into[places, : rows.shape[1]] = rows[torch.tensor(counted, dtype=torch.long, device=rows.device)].float()
 
 
 def _inputs(batch: Batch, micro: MicroBatch, engine: Engine, rules: Rules) -> ModelInput:
@@ -292,10 +292,9 @@ def _updates(
             values = normaliser_of(targets.advantages.value_mask[rows])
             mine = minibatch.ranks[engine.rank]
             for index, micro in enumerate(mine):
-                losses = _micro_losses(engine, batch, targets, micro, rules, tokens, values)
+                losses, met = _micro_losses(engine, batch, targets, micro, rules, tokens, values)
                 engine.backward(losses.pop("loss"), last=index == len(mine) - 1)
                 error, largest = losses.pop("first_error"), losses.pop("ratio_max")
-                met = losses.pop("entropy")
                 if epoch == 0:
                     _put(entropy, micro, met)
                 ratio_max = torch.maximum(ratio_max, largest.cpu())
@@ -320,10 +319,10 @@ def _micro_losses(
     rules: Rules,
     tokens: Normaliser,
     entries: Normaliser,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """Losses of one micro-batch over counts of the minibatch; `loss` has the gradient, the rest are figures.
 
-    `entropy` [rows, width] is of each token, everything else one number.
+    And the entropy [rows, width] of the policy at each token.
     """
     section = engine.section
     inputs = _inputs(batch, micro, engine, rules)
@@ -375,7 +374,7 @@ def _micro_losses(
         figures["kl/loss"] = distance
     with torch.no_grad():
         figures["first_error"] = torch.where(weights > 0, (output.logprobs - old).abs(), 0.0).amax()
-    return {"loss": loss, "ratio_max": surrogate.ratio_max, "entropy": output.entropy.detach(), **figures}
+    return {"loss": loss, "ratio_max": surrogate.ratio_max, **figures}, output.entropy.detach()
 
 
 def _summary(

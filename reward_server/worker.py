@@ -281,7 +281,7 @@ def score_of(component: Component) -> Score:
     return Score(
         status=component.status,
         value=component.value,
-        detail={**component.detail, "judged_by": component.principles} if component.principles else component.detail,
+        detail={**component.detail, **({"judged_by": component.principles} if component.principles else {})},
         error=None if component.error is None else failure_of(component.error),
     )
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from reward_server.model_sources_config import JudgeSource
-from reward_server.runner import ModelRunner, Output, Row
+from reward_server.runner import ModelRunner, Row
 from reward_server.schema import ErrorCode, Item
 from reward_server.scorers.base import (
     ItemFailure,
@@ -43,7 +43,7 @@ def judge_scorer(name: str, source: JudgeSource, *, runner: ModelRunner | None =
     """Raises UserError for a model that cannot judge."""
     if source.url is not None:
         return EndpointJudge(revision_of(source, model=source.model), source, partial(questions, source),
-                             answers_of(source), partial(verdict, source))  # fmt: skip
+                             answers_of(source), partial(judged, source))  # fmt: skip
     loaded = load(name, source, runner)
     limits = [limit for limit in (source.max_tokens, loaded.facts.max_tokens) if limit is not None]
     form = ScorerFormat(kind="preference", max_tokens=min(limits, default=2**31 - 1))
@@ -70,11 +70,7 @@ class LocalJudge:
         ]
         flags = tuple(dict.fromkeys(flag for _, flags in asked for flag in flags))
         rows = tuple(row for row, _ in asked)
-
-        def finish(outputs: list[Output]) -> Scored:
-            return judged_by(verdict(self.source, [output[0] for output in outputs]), principles_of(self.source, item))
-
-        return Asked(rows, finish, flags)
+        return Asked(rows, lambda outputs: judged(self.source, item, [output[0] for output in outputs]), flags)
 
     def tokens(self, question: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids up to where the answers part, and the id that each answer goes on with there."""
@@ -143,6 +139,11 @@ def questions(source: JudgeSource, item: Item, turns: Sequence[Turn]) -> tuple[s
 def _filled(rubric: str, places: Mapping[str, str]) -> str:
     """In one pass: what an item says is never taken for a place."""
     return _PLACES.sub(lambda match: places[match.group(1)], rubric)
+
+
+def judged(source: JudgeSource, item: Item, logs: Sequence[Sequence[float]]) -> Scored:
+    """The verdict on an item, with the principles that the judge read."""
+    return judged_by(verdict(source, logs), principles_of(source, item))
 
 
 def verdict(source: JudgeSource, logs: Sequence[Sequence[float]]) -> Scored:

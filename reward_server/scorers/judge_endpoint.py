@@ -13,7 +13,7 @@ from typing import Any
 
 from reward_server.model_sources_config import JudgeSource
 from reward_server.schema import ErrorCode, Item
-from reward_server.scorers.base import ItemFailure, Scored, failed, judged_by, prompt_turns
+from reward_server.scorers.base import ItemFailure, Scored, failed, prompt_turns
 from reward_server.scorers.upstream import connection, key_of, post
 from services.scoring_format import Turn
 
@@ -34,13 +34,13 @@ class Found:
 
 @dataclass(frozen=True)
 class EndpointJudge:
-    """`questions` of an item and its conversation; `verdict` of log-probabilities [questions][answers]."""
+    """`questions` of an item and its conversation; `verdict` on it, of log-probabilities [questions][answers]."""
 
     revision: str
     source: JudgeSource
     questions: Callable[[Item, Sequence[Turn]], Sequence[str]]
     answers: tuple[str, ...]
-    verdict: Callable[[Sequence[Sequence[float]]], Scored]
+    verdict: Callable[[Item, Sequence[Sequence[float]]], Scored]
 
     def __post_init__(self) -> None:
         key_of("judge", self.source.key_env)
@@ -55,7 +55,7 @@ class EndpointJudge:
         try:
             asked = self.questions(item, prompt_turns(item))
             found = await asyncio.gather(*(self._ask(http, turns, question) for question in asked))
-            scored = judged_by(self.verdict([one.logs for one in found]), item.principles or self.source.principles)
+            scored = self.verdict(item, [one.logs for one in found])
         except ItemFailure as failure:
             return failed(failure)
         bounded = (BOUNDED,) if any(one.bounded for one in found) else ()
