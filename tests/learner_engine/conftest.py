@@ -181,7 +181,7 @@ def job_of(model: str, steps: int, **learner: Any) -> dict[str, Any]:
     }
 
 
-def run_ranks(jobs: dict[str, dict[str, Any]], ranks: int, directory: Path, timeout_s: float = 250) -> Any:
+def run_ranks(jobs: dict[str, dict[str, Any]], ranks: int, directory: Path, timeout_s: float = 550) -> Any:
     """Runs jobs on so many ranks, and returns what rank 0 said of each."""
     processes, logs = _start_ranks(jobs, ranks, directory)
     try:

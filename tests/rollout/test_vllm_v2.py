@@ -125,7 +125,6 @@ def test_statistics_are_those_of_the_tokens(policy: PolicySection, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_chunks_prefixes_and_preemption_change_nothing(policy: PolicySection, tmp_path: Path) -> None:
     """Prefill in chunks of 48, two samples of one prompt, a cache of 7 blocks in which the requests grow to 8; then the
     prefix cache. Two layers; once more when the capture is stopped, and with steps that are scheduled ahead."""
@@ -155,7 +154,6 @@ def test_chunks_prefixes_and_preemption_change_nothing(policy: PolicySection, tm
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_keys_of_a_gpu_backend_and_rejected_drafts(policy: PolicySection, tmp_path: Path) -> None:
     """Triton's attention, whose paged keys are read where they lie; then with drafts, of which most are rejected."""
     llm = {"model": policy.model, "max_model_len": 64, "max_num_seqs": 2, "kv_cache_memory_bytes": 2**20}

@@ -11,7 +11,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(600)
 def test_what_is_killed_costs_no_prompt(tmp_path: Path) -> None:
     """Seed 10838: a rollout actor in mid-transfer, Redis between a step and its commit, a learner rank in
     mid-checkpoint. The driver's death is test_resume.py's."""

@@ -67,7 +67,6 @@ def uninterrupted(attune: Attune, recipe: Recipe, kept: Path, tmp_path: Path) ->
     return Path(shutil.copytree(kept, tmp_path / "uninterrupted"))
 
 
-@pytest.mark.timeout(600)  # three runs, one after the other
 def test_a_run_that_is_stopped_then_killed_goes_on_bit_for_bit(
     uninterrupted: Path, start: Start, attune: Attune, recipe: Recipe, tmp_path: Path
 ) -> None:

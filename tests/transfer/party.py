@@ -30,7 +30,7 @@ def tensors(index: int) -> dict[str, torch.Tensor]:
     }
 
 
-def sender(receivers: list[str], *, join_s: float = 30.0, phase_s: float = 4.0) -> Sender:
+def sender(receivers: list[str], *, join_s: float = 30.0, phase_s: float = 20.0) -> Sender:
     return Sender(
         PolicyVersion(1, 3),
         receivers,
@@ -60,9 +60,9 @@ def receive(pipe: Connection, offer: Offer, name: str, out: str | None = None) -
     pipe.send(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
-def send(pipe: Connection, receivers: list[str], *, hang_after: int) -> None:
+def send(pipe: Connection, receivers: list[str], *, hang_after: int, phase_s: float = 20.0) -> None:
     """Says its offer, sends so many buckets of four, and then nothing more."""
-    one = sender(receivers)
+    one = sender(receivers, phase_s=phase_s)
     pipe.send(one.offer)
     one.start(plan(4))
     for index in range(hang_after):
