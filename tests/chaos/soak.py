@@ -32,6 +32,8 @@ from tests.chaos.watch import Watch, wait_until
 EVERY_S = 10.0
 FLAT_PERCENT, FLAT_MB, FLAT_FILES = 2.0, 4.0, 2.0
 PAIRS = 20_000
+EPOCH = 400
+"""Prompts. The ledger holds two or three epochs: with long ones it would still be filling after the first quarter."""
 START_S, STOP_S = 300.0, 120.0
 
 Series = dict[str, list[tuple[float, float]]]
@@ -102,7 +104,7 @@ def judged(series: Series, seconds: float) -> dict[str, dict[str, Any]]:
 
 
 def soak(directory: Path, hours: float, seed: int) -> dict[str, Any]:
-    recipe = write_recipe(directory, 2000, seed)
+    recipe = write_recipe(directory, EPOCH, seed)
     tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     tree["run"]["epochs"] = 1000  # ended by a signal, not by its prompts
     tree["checkpoint"]["every"] = 10
