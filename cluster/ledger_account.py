@@ -92,6 +92,10 @@ class _Found:
     now: float = field(default_factory=time.time)
     settled: Settled = field(default_factory=Settled)
 
+    @property
+    def empty(self) -> bool:
+        return not self.rows and not self.committed and not self.settled.epochs
+
 
 def account_of(path: Path, *, names: bool) -> RunAccount:
     """The account of the run in a directory; with `names`, every prompt that is not committed.
@@ -140,7 +144,7 @@ def _from_redis(run: RunDir, run_id: str, notes: list[str]) -> _Found | None:
         found = _read(Account(client, run_id, patience_s=ANSWER_S), f"Redis at {address_of(url)}")
     finally:
         client.close()
-    if not found.rows and not found.committed:
+    if found.empty:
         notes.append(f"Redis at {address_of(url)} knows nothing of this run")
         return None
     return found
@@ -174,7 +178,7 @@ def _from_log(run: RunDir, run_id: str, notes: list[str]) -> _Found | None:
     except (OSError, UserError) as error:
         notes.append(f"{log} cannot be read: {error}")
         return None
-    return replace(found, now=time.time()) if found.rows or found.committed else None
+    return None if found.empty else replace(found, now=time.time())
 
 
 @contextmanager

@@ -46,7 +46,10 @@ LOOK_S = 2.0
 CACHED_BYTES = 32 * 2**20
 MOST_MAP_ROWS = 256
 
-Step = Annotated[int | None, Query(ge=0)]
+MOST_INT = 2**63 - 1
+"""The largest integer that SQLite has."""
+
+Step = Annotated[int, Query(ge=0, le=MOST_INT)]
 
 
 class Refused(Exception):  # noqa: N818 - reads as what it says where it is raised
@@ -149,8 +152,8 @@ def create_app(runs: Runs, *, token: str, hosts: Sequence[str]) -> FastAPI:
     def some_curves(  # pyright: ignore[reportUnusedFunction]
         run: str,
         name: Annotated[list[str], Query(max_length=64)],
-        low: Step = None,
-        high: Step = None,
+        low: Step | None = None,
+        high: Step | None = None,
         points: Annotated[int, Query(ge=10, le=4000)] = 500,
     ) -> Response:
         watched = runs.open(run)
@@ -172,8 +175,8 @@ def create_app(runs: Runs, *, token: str, hosts: Sequence[str]) -> FastAPI:
         run: str,
         source: str = "",
         bins: Annotated[int, Query(ge=1, le=200)] = 40,
-        low: Step = None,
-        high: Step = None,
+        low: Step | None = None,
+        high: Step | None = None,
     ) -> Response:
         watched = runs.open(run)
         with watched.database() as database:
@@ -184,8 +187,8 @@ def create_app(runs: Runs, *, token: str, hosts: Sequence[str]) -> FastAPI:
     def some_samples(  # pyright: ignore[reportUnusedFunction]
         run: str,
         text: Annotated[str, Query(max_length=500)] = "",
-        step_from: Step = None,
-        step_to: Step = None,
+        step_from: Step | None = None,
+        step_to: Step | None = None,
         source: str | None = None,
         low: float | None = None,
         high: float | None = None,
@@ -212,12 +215,12 @@ def create_app(runs: Runs, *, token: str, hosts: Sequence[str]) -> FastAPI:
             return answers.of(("choices", run, watched.version), lambda: queries.choices(database))
 
     @app.get("/api/sample")
-    def one_sample(run: str, sample: str, step: Step = None) -> Response:  # pyright: ignore[reportUnusedFunction]
+    def one_sample(run: str, sample: str, step: Step | None = None) -> Response:  # pyright: ignore[reportUnusedFunction]
         watched = runs.open(run)
         return _json(token_view(sample_row(watched, sample, step), tokenizer_of(watched.run)))
 
     @app.get("/api/group")
-    def one_group(run: str, group: str, step: Annotated[int, Query(ge=0)]) -> Response:  # pyright: ignore[reportUnusedFunction]
+    def one_group(run: str, group: str, step: Step) -> Response:  # pyright: ignore[reportUnusedFunction]
         watched = runs.open(run)
         with watched.database() as database:
             places = queries.group_rows(database, group, step)
@@ -228,8 +231,8 @@ def create_app(runs: Runs, *, token: str, hosts: Sequence[str]) -> FastAPI:
     def one_map(  # pyright: ignore[reportUnusedFunction]
         run: str,
         sample: str,
-        step: Step = None,
-        low: Annotated[int, Query(ge=0)] = 0,
+        step: Step | None = None,
+        low: Annotated[int, Query(ge=0, le=MOST_INT)] = 0,
         count: Annotated[int, Query(ge=1, le=MOST_MAP_ROWS)] = MOST_MAP_ROWS,
     ) -> Response:
         watched = runs.open(run)
@@ -267,7 +270,7 @@ def create_app(runs: Runs, *, token: str, hosts: Sequence[str]) -> FastAPI:
         return _json({"batches": bad_batches(runs.open(run).run)})
 
     @app.get("/api/bad_batch")
-    def one_bad_batch(run: str, step: Annotated[int, Query(ge=0)]) -> Response:  # pyright: ignore[reportUnusedFunction]
+    def one_bad_batch(run: str, step: Step) -> Response:  # pyright: ignore[reportUnusedFunction]
         files = runs.open(run).run
         found = bad_batch(files, step, tokenizer_of(files))
         if found is None:

@@ -18,6 +18,7 @@ from cluster.recipe import resolve, save_resolved
 from cluster.run_dir import RunDir
 from learner.commit import begin_checkpoint, commit_checkpoint
 from services.records import Failure, Group, Lease, PolicyVersion, Sample, Score
+from services.stream.account import Settled
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
 from services.stream.ledger import Ledger
@@ -203,6 +204,26 @@ def test_what_a_damaged_commit_held_is_not_committed(run: Run) -> None:
         "commit_gone",
     ]
     assert any("damaged" in note for note in account.notes)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_groups_that_have_left_the_ledger_are_named_when_their_commit_is_gone(run: Run, left: int) -> None:
+    ids = run.ids
+    run.history.steps |= {2: ids[4:6], 3: [ids[6], ids[8]], 4: [ids[9]]}
+    run.history.failed[ids[7]] = EMPTY
+    run.commit()
+    run.ledger.reconcile(run.history.steps, run.history.failed)
+    run.ledger.settle(Settled(1, 9, 1), 10)
+    whole = account_of(run.dir.path, names=True)
+    assert whole.counts == {**dict.fromkeys(EXPECTED, 0), "committed": 9, "failed": 1}
+    assert states(whole) == {ids[7]: "failed"}
+    for step in (5, 1)[: 2 - left]:
+        (run.dir.checkpoints / f"step_{step}" / "COMMITTED").write_text("0\n")
+    account = account_of(run.dir.path, names=True)
+    assert account.counts == {**dict.fromkeys(EXPECTED, 0), "committed": 2 * left, "pending": 10 - 2 * left}
+    assert account.uncommitted is not None
+    assert [row.group_id for row in account.uncommitted] == ids[2 * left :]
+    assert {row.failure.code for row in account.uncommitted if row.failure} == {"commit_gone"}
 
 
 def test_without_a_redis_or_a_log_the_commit_and_the_prompts_say_it(run: Run, server: EmbeddedRedis) -> None:

@@ -69,6 +69,50 @@ def test_it_only_reads_and_no_name_is_a_path(server: Server) -> None:
     assert ask(server, "/api/map", params={"run": "done", "sample": "0:00000000:3"}).status_code == 404
 
 
+HUGE = (2**63, 10**300)
+"""More than SQLite's integers hold; more than a file's name may have digits."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "samples?step_from=",
+        "curves?name=reward/mean&high=",
+        "group?group=0:x&step=",
+        "bad_batch?step=",
+        "sample?sample=x&step=",
+        "map?sample=x&low=",
+        "histogram?low=",
+    ],
+)
+def test_numbers_that_nothing_holds_are_refused_by_name(server: Server, path: str) -> None:
+    field = path.rpartition("=")[0].rpartition("&")[2].rpartition("?")[2]
+    for number in HUGE:
+        answer = ask(server, f"/api/{path}{number}&run=done")
+        assert answer.status_code == 422
+        assert field in answer.text
+    assert ask(server, f"/api/{path}{2**63 - 1}&run=done").status_code in (200, 404)
+
+
+def test_a_batch_that_was_not_trained_on_is_shown_and_a_large_one_says_how_much_more_it_has(
+    server: Server, tmp_path: Path
+) -> None:
+    kept = ask(server, "/api/bad_batch", params={"run": "done", "step": 7}).json()
+    assert (len(kept["samples"]), kept["more"]) == (8, 0)
+    assert ask(server, "/api/bad_batch", params={"run": "done", "step": 8}).status_code == 404
+    scene = Scene(tmp_path / "live")
+    scene.step()
+    scene.run.write_bad_batch(3, [scene.group(n, None, None) for n in range(53)], "no variance")
+    large = start_server(tmp_path / "live", tmp_path / "cache")
+    try:
+        found = ask(large, "/api/bad_batch", params={"run": "live", "step": 3}).json()
+        assert found["why"] == "no variance"
+        assert (len(found["samples"]), found["more"]) == (200, 12)
+        assert [row["step"] for row in ask(large, "/api/bad_batches", params={"run": "live"}).json()["batches"]] == [3]
+    finally:
+        stop_server(large)
+
+
 def test_others_are_let_in_only_where_that_was_said(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--expose"):
         serve(finished, host="0.0.0.0")  # noqa: S104 - that is what is refused
