@@ -22,6 +22,8 @@ SUB_GROUP = 1_000_000_000
 LOGIT_COPIES = 4
 """float32 [tokens of a chunk, vocabulary] at once in the backward pass: logits, divided by the temperature, and the
 gradients of both."""
+LOGIT_COPIES_MORE = 1.25
+"""And for each of truncation that is replayed and an entropy with a gradient: one more, and a byte that masks it."""
 PUBLISHED = 3
 """Sets of published weights: two are kept (`cluster.training.KEEP_VERSIONS`), a third is being written."""
 CHECKPOINT_BYTES = 12
@@ -100,6 +102,8 @@ class Training:
     checkpointing: bool
     microbatch_tokens: int
     logit_chunk: int
+    entropy_gradient: bool
+    replay: bool
     bucket: int
     prompt: int
     response: int
@@ -118,6 +122,7 @@ def learner_need(shape: Shape, training: Training, base: int) -> Need:
     optimizer: Where = "host" if training.offload != "none" else "device"
     parameters: Where = "host" if training.offload == "all" else "device"
     whole = min(training.trained, LIVE_PARAMETERS)
+    chunk = min(training.logit_chunk, training.microbatch_tokens)
     items = (
         Item("process", base, "host"),
         Item("parameters, partition", own * size, parameters),
@@ -132,12 +137,16 @@ def learner_need(shape: Shape, training: Training, base: int) -> Need:
         Item("activations", activation_bytes(shape, training), lasting=False),
         Item(
             "logits of a chunk",
-            LOGIT_COPIES * FLOAT32 * min(training.logit_chunk, training.microbatch_tokens) * shape.vocabulary,
+            int(logit_copies(training) * FLOAT32 * chunk * shape.vocabulary),
             lasting=False,
         ),
         Item("bucket of published weights", min(training.publish_bytes, shape.parameters * size), lasting=False),
     )
     return Need(items, loading=(shape.parameters + training.value) * size)
+
+
+def logit_copies(training: Training) -> float:
+    return LOGIT_COPIES + LOGIT_COPIES_MORE * (training.entropy_gradient + training.replay)
 
 
 def largest(shape: Shape) -> int:

@@ -85,6 +85,8 @@ def training_of(config: Config, shape: Shape, ranks: int, context: int | None, s
         checkpointing=section.gradient_checkpointing,
         microbatch_tokens=section.microbatch_tokens,
         logit_chunk=section.logit_chunk,
+        entropy_gradient=section.entropy_coef > 0,
+        replay=config.rollout.truncation == "replay",
         bucket=BUCKET,
         prompt=prompt,
         response=response,

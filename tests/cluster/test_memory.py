@@ -1,13 +1,17 @@
 """The formulas of `attune doctor` against what real models, a real engine and real files take."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from cluster.memory import (
+    FLOAT32,
     Item,
     Need,
     Shape,
@@ -16,11 +20,13 @@ from cluster.memory import (
     capture_bytes,
     kv_token_bytes,
     learner_need,
+    logit_copies,
 )
 from cluster.needs import files_of, needs_of
 from cluster.plan import parts_of
 from cluster.recipe import resolve
 from cluster.shapes import saved_parameters, shape_of
+from learner.policy import Entropy, ModelInput, PolicyWithValue
 from rollout.cache_size import BLOCK_SIZE_CPU, CPU_CACHE_BYTES, cpu_cache_bytes
 from rollout.kv_cache import new_cache
 from rollout.vllm_capture.buffers import LayerShape
@@ -72,8 +78,8 @@ def shape_of_model(model: Any, directory: Path) -> Shape:
 def training(bytes: int = 4, **given: Any) -> Training:
     usual: dict[str, Any] = {
         "trained": 1, "value": 0, "ranks": 1, "offload": "none", "checkpointing": False,
-        "microbatch_tokens": ROWS * (PROMPT + RESPONSE), "logit_chunk": 64, "bucket": 10**6,
-        "prompt": PROMPT, "response": RESPONSE, "publish_bytes": 2**20,
+        "microbatch_tokens": ROWS * (PROMPT + RESPONSE), "logit_chunk": 64, "entropy_gradient": False,
+        "replay": False, "bucket": 10**6, "prompt": PROMPT, "response": RESPONSE, "publish_bytes": 2**20,
     }  # fmt: skip
     return Training(bytes=bytes, **(usual | given))
 
@@ -102,6 +108,50 @@ def test_activations_of_an_encoder_decoder_are_what_autograd_keeps(tmp_path: Pat
     kept = saved(t5(5), **inputs) - saved(t5(2), **inputs)
     five, two = (activation_bytes(shape_of_model(t5(layers), tmp_path / str(layers)), training()) for layers in (5, 2))
     assert five - two == pytest.approx(kept, rel=0.1)
+
+
+class LargestAtOnce(TorchDispatchMode):
+    """The most bytes that tensors of at least so many bytes took at one time, a model's parameters left out."""
+
+    def __init__(self, least: int, model: Any) -> None:
+        super().__init__()
+        self.least, self.peak = least, 0
+        self._own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is None or storage.nbytes() < self.least or storage._cdata in self._own:
+                continue
+            if storage._cdata not in self._alive:
+                self._alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self._alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("entropy", ["figure", "gradient"])
+@pytest.mark.parametrize("replay", [False, True])
+def test_copies_of_the_logits_are_those_of_a_forward_and_backward(entropy: Entropy, replay: bool) -> None:
+    model, tokens, vocabulary = llama(1, torch.float32), 64, 20_000
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        embedding.requires_grad_(False)  # their gradients are as large
+    policy = PolicyWithValue(model, value="none")
+    ids = torch.randint(0, 50, (1, tokens + 1))
+    kept = torch.randint(0, 50, (1, tokens, 5)) if replay else None
+    batch = ModelInput(
+        input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=None, kept_ids=kept,
+        rows=torch.arange(tokens + 1)[None], response_ids=ids[:, 1:],
+        response_mask=torch.ones(1, tokens, dtype=torch.bool),
+    )  # fmt: skip
+    with LargestAtOnce(tokens * vocabulary, model) as seen:
+        out = policy(batch, 0.7, chunks=1, entropy=entropy)
+        (out.logprobs + out.entropy).sum().backward()
+    predicted = logit_copies(training(entropy_gradient=entropy == "gradient", replay=replay))
+    assert seen.peak / (FLOAT32 * tokens * vocabulary) == pytest.approx(predicted, abs=0.05)
 
 
 def test_a_shape_is_the_models_without_its_weights(tmp_path: Path, tiny_decoder: Path) -> None:
