@@ -34,6 +34,7 @@ from services.records import Failure, Group, Lease, PolicyVersion, epoch_of
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
 from services.stream.ledger import STATES, Ledger, LoadWeights, Settled, Wait
+from tests.stream.append_only import end_without
 
 SIZE = 2
 KILLS = 3
@@ -543,7 +544,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
 
             Some of it without that, too: while the disk is busy, it answers before it writes.
             """
-            self.restart_redis(lambda log: os.truncate(log, self.end_without(log, lost, torn)))
+            self.restart_redis(lambda log: os.truncate(log, end_without(log, self.log_began, lost, torn)))
             _, holds = self.ledger.look()
             if holds:  # nothing of the driver's is lost: what others wrote last is undone, and done again by them
                 self.adopt()
@@ -558,27 +559,6 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             server.start()
             self.log_began = (server.directory / "appendonly.aof").stat().st_size
             client.connection_pool.disconnect()
-
-        def end_without(self, log: Path, lost: int, torn: bool) -> int:
-            """Where a log ends that lacks its last `lost` commands, but for some bytes (`torn`) of the first of them.
-
-            By commands, not bytes: these depend on the clock, and an example has to come to the same each time. So does
-            what Redis removes because its time is over, which therefore counts as a part of what was before it. What
-            the server wrote anew when it started, in an order of its own, stays.
-            """
-            ends = [self.log_began]
-            with log.open("rb") as file:
-                file.seek(self.log_began)
-                while head := file.readline():
-                    words: list[bytes] = []
-                    for _ in range(int(head[1:])):
-                        words.append(file.read(int(file.readline()[1:])))
-                        file.seek(2, os.SEEK_CUR)
-                    if words[0].upper() in (b"DEL", b"UNLINK") and b":call:" in words[1] and len(words) == 2:
-                        ends.pop()
-                    ends.append(file.tell())
-            kept = max(0, len(ends) - 1 - lost)
-            return ends[kept] + (3 if torn and kept < len(ends) - 1 else 0)
 
         def goes_on(self, noticed: str) -> None:
             """Whatever the driver asks first, it is told, and the ledger is made anew before it is answered."""
