@@ -1,6 +1,5 @@
 """The pods' preStop hook, on a Ray head with token authentication and its dashboard."""
 
-import json
 import os
 import secrets
 import shutil
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from cluster import drain as hook
-from cluster.drain import drain
+from cluster.drain import drain, this_machine
 from services.errors import Deadline, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +79,8 @@ def submit(head: Head, folder: Path) -> Path:
     left, program = folder / "left", folder / "job.py"
     program.write_text(
         "import pathlib, signal, sys, time\n"
+        "import ray\n"
+        "ray.init()\n"
         f"left = pathlib.Path({str(left)!r})\n"
         "def end(*_):\n"
         "    time.sleep(3)\n"
@@ -101,17 +102,25 @@ def submit(head: Head, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_head_stops_the_job_and_all_wait_for_its_last_commit(head: Head, tmp_path: Path) -> None:
+def test_the_head_stops_the_job_and_all_wait_for_its_last_commit(
+    head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left = submit(head, tmp_path)
+    host, port = this_machine, int(head.address.rpartition(":")[2])
+    monkeypatch.setattr(hook, "PORT", port)
     with pytest.raises(Deadline, match="the end of Ray jobs: raysubmit_"):
-        drain(head.address, head.token, seconds=2, stop=False)
+        drain(host, head.token, seconds=2, stop=False)
     with pytest.raises(UserError, match="does not take RAY_AUTH_TOKEN"):
-        drain(head.address, "wrong", seconds=30, stop=True)
+        drain(host, "wrong", seconds=30, stop=True)
     assert not left.exists()
 
-    port = head.address.rpartition(":")[2]
-    waits = f"import sys; from cluster import drain; drain.PORT = {port}; sys.argv = ['drain', *sys.argv[1:]]; "
-    command = [sys.executable, "-c", waits + "sys.exit(drain.main())", "--seconds", "60"]
+    # As when Kubernetes has removed the head's service, and its pod is still there.
+    monkeypatch.setattr(hook, "GCS_PORT", int(head.env["RAY_ADDRESS"].rpartition(":")[2]))
+    (job,) = hook.jobs_under_way(head.address, head.token)
+    assert hook.head_addresses("nowhere.invalid") == [job["driver_info"]["node_ip_address"]]
+
+    given = f"import sys; from cluster import drain; drain.PORT = {port}; sys.argv[0] = 'drain'; "
+    command = [sys.executable, "-c", given + "sys.exit(drain.main())", "--seconds", "60"]
     env = head.env | {"PYTHONPATH": str(ROOT), "FQ_RAY_IP": "127.0.0.1"}
     worker = subprocess.Popen([*command, "--wait"], env=env)
     time.sleep(2)
@@ -119,13 +128,15 @@ def test_the_head_stops_the_job_and_all_wait_for_its_last_commit(head: Head, tmp
     assert subprocess.run(command, env=env, check=False, timeout=90).returncode == 0
     assert left.read_text() == "a last commit"
     assert worker.wait(30) == 0
-    jobs = hook._call(f"{head.address}/api/jobs/", head.token, method="GET")
-    assert {job["status"] for job in jobs} == {"STOPPED"}, json.dumps(jobs)
+    (job,) = hook._call(f"{head.address}/api/jobs/", head.token, method="GET")
+    assert job["status"] == "FAILED", "KubeRay starts it again on another head"
+    assert "exit code 4" in job["message"]
 
 
-def test_a_head_that_is_gone_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hosts", [["127.0.0.1"], []])
+def test_a_head_that_is_gone_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch, hosts: list[str]) -> None:
     monkeypatch.setattr(hook, "PAUSE_S", 0.01)
-    (port,) = free_ports(1)
+    monkeypatch.setattr(hook, "PORT", free_ports(1)[0])
     began = time.monotonic()
-    drain(f"http://127.0.0.1:{port}", None, seconds=60, stop=False)
+    drain(lambda: hosts, None, seconds=60, stop=False)
     assert time.monotonic() - began < 30
