@@ -17,7 +17,7 @@ from cluster.feed import total_steps
 from cluster.history import History, begin_incarnation, open_history
 from cluster.janitor import with_janitor
 from cluster.plan import fitting, machines_of_ray, nodes_of_ray
-from cluster.ray_job import check_run_dir, is_job, short_grace
+from cluster.ray_job import MARGIN_S, check_run_dir, is_job, short_grace, stop_wait_s
 from cluster.ray_metrics import RayMetrics
 from cluster.ray_runtime import ray_cluster
 from cluster.recipe import save_resolved
@@ -44,10 +44,13 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
         UserError, PlanError: what the user can mend.
         Deadline, PartFailed: a part that did not answer, or died; the last commit is valid.
     """
+    run = RunDir(run_path)
     if is_job(os.environ):
         check_run_dir(run_path)
-    run = RunDir(run_path)
-    run.lock()
+        # An earlier attempt may still be writing its last commit on a cluster that is going away.
+        run.lock(stop_wait_s(os.environ) + MARGIN_S)
+    else:
+        run.lock()
     try:
         say_short_grace(config, run)
         starts = [event for event in read_jsonl(run.events) if event.get("event") == "start"]

@@ -5,22 +5,37 @@ Ray submits jobs through its dashboard, and asks for a token only where the clus
 later; an older one has no token to ask for.
 """
 
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 
 from reward_server.serve import is_loopback
 from services.errors import UserError
 
 PATH = "/api/authentication_mode"
-ANSWER_S = 10.0
+ANSWER_S, CONNECT_S = 10.0, 1.0
 
 
-def check_dashboard(url: str | None) -> None:
-    """Raises UserError where a cluster's dashboard ("host:port"; None or "": it has none) is open to others."""
-    if not url or is_loopback(urlsplit(f"//{url}").hostname or ""):
+def check_dashboard(url: str | None, addresses: Sequence[str] | None = None) -> None:
+    """Raises UserError where a cluster's dashboard ("host:port"; None or "": it has none) is open to others.
+
+    `addresses`: of this machine, by default those of its network interfaces. A dashboard that names itself by loopback
+    may listen on all of them (`ray start --dashboard-host 0.0.0.0 --node-ip-address 127.0.0.1`).
+    """
+    if not url:
         return
+    place = urlsplit(f"//{url}")
+    if is_loopback(place.hostname or ""):
+        own = own_addresses() if addresses is None else addresses
+        answering = next((address for address in own if _listens(address, place.port or 80)), None)
+        if answering is None:
+            return
+        url = f"{answering}:{place.port}"
     mode = authentication_mode(url)
     if mode in (None, "disabled"):
         says = "does not say whether it asks for a token" if mode is None else "asks for no token"
@@ -29,6 +44,18 @@ def check_dashboard(url: str | None) -> None:
             "node. Start the cluster with RAY_AUTH_MODE=token (docs/ray-jobs.md), or its dashboard on 127.0.0.1; "
             "cluster.open_dashboard=true goes on all the same"
         )
+
+
+def own_addresses() -> list[str]:
+    """The IPv4 addresses at which others may reach this machine."""
+    found = (one.address for each in psutil.net_if_addrs().values() for one in each if one.family == socket.AF_INET)
+    return sorted({address for address in found if not is_loopback(address)})
+
+
+def _listens(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), CONNECT_S):
+        return True
+    return False
 
 
 def dashboard_of(ray: Any) -> str | None:

@@ -6,6 +6,7 @@ keeps a second one out. `metrics.jsonl` and `samples/` may run ahead of the last
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
@@ -15,6 +16,11 @@ from typing import IO, Any
 
 from services.errors import UserError
 from services.records import Group, Sample
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+"""How often a directory that is in use is looked at again."""
 
 
 class RunDir:
@@ -37,8 +43,8 @@ class RunDir:
         """As the driver counts them; every event says it."""
         self._lock: IO[str] | None = None
 
-    def lock(self) -> None:
-        """Creates the directory and takes it for this process.
+    def lock(self, wait_s: float = 0.0) -> None:
+        """Creates the directory and takes it for this process; another driver's end is waited for `wait_s`.
 
         Raises:
             UserError: another driver is using it, or it cannot be written.
@@ -48,15 +54,19 @@ class RunDir:
             handle = (self.path / ".lock").open("a+")
         except OSError as error:
             raise UserError(f"run directory {self.path}: cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        ends, said = time.monotonic() + wait_s, False
+        while not _taken(handle):
             handle.seek(0)
             owner = handle.read().strip() or "another process"
-            handle.close()
-            raise UserError(
-                f"run directory {self.path}: in use by {owner}; stop it first or choose another directory"
-            ) from error
+            if time.monotonic() >= ends:
+                handle.close()
+                raise UserError(
+                    f"run directory {self.path}: in use by {owner}; stop it first or choose another directory"
+                )
+            if not said:
+                log.warning("run directory %s: in use by %s; waiting %.0f s for its end", self.path, owner, wait_s)
+                said = True
+            time.sleep(LOOK_S)
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {os.uname().nodename}")
         handle.flush()
@@ -117,6 +127,14 @@ class RunDir:
         for entry in [*self.samples.glob("step_*.jsonl"), *self.maps.glob("step_*")]:
             if int(entry.name.removeprefix("step_").removesuffix(".jsonl")) >= steps:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _taken(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def map_to_file(sample: Sample, directory: Path, relative_to: Path) -> Sample:

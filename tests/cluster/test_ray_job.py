@@ -127,7 +127,10 @@ def test_an_open_dashboard_is_refused_unless_it_asks_for_a_token(dashboard: tupl
     answer["status"] = 503
     with pytest.raises(UserError, match="does not say"):
         check_dashboard(url)
+    answer["status"] = 404
     check_dashboard(url.replace("127.1:", "127.0.0.1:"))  # only this machine reaches it
+    with pytest.raises(UserError, match=r"the Ray dashboard at 127\.1:.* asks for no token"):
+        check_dashboard(url.replace("127.1:", "127.0.0.1:"), ["192.0.2.254", "127.1"])  # it listens there, too
     check_dashboard(None)
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,18 @@ def test_one_driver_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
     run.unlock()
     run.unlock()
     RunDir(path).lock()
+
+
+def test_another_drivers_end_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = RunDir(tmp_path)
+    first.lock()
+    began = time.monotonic()
+    with pytest.raises(UserError, match="in use by"):
+        RunDir(tmp_path).lock(wait_s=1.0)
+    assert time.monotonic() - began >= 1.0
+    threading.Timer(1.0, first.unlock).start()
+    RunDir(tmp_path).lock(wait_s=60.0)
+    assert "waiting 60 s for its end" in caplog.text
 
 
 def test_a_directory_that_cannot_be_is_the_users_mistake(tmp_path: Path) -> None:

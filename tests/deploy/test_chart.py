@@ -232,7 +232,9 @@ def test_network_policy_lets_in_and_out_what_is_needed(cases: Cases) -> None:
         assert policy["policyTypes"] == ["Ingress", "Egress"], case
         assert all(_matches(policy["podSelector"], pod["metadata"]["labels"]) for pod in pods_of(manifests)), case
         dns = next(rule for rule in policy["egress"] if rule.get("ports", [{}])[0].get("port") == 53)
-        assert {port["protocol"] for port in dns["ports"]} == {"UDP", "TCP"}, case
+        asked = {(port["port"], port["protocol"]) for port in dns["ports"]}
+        # CoreDNS; OpenShift's, whose pods listen elsewhere than its service.
+        assert asked == {(port, protocol) for port in (53, 5353) for protocol in ("UDP", "TCP")}, case
         assert all(rule.get("from") for rule in policy["ingress"]), case
         assert all(rule.get("to") for rule in policy["egress"]), case
 
@@ -255,6 +257,30 @@ def test_rayservice_runs_the_application(cases: Cases) -> None:
     section = RewardSection.model_validate(application.args)
     assert section.sources.keys() == {"attention"}
     assert section.drain_s == 30
+
+
+def test_reward_servers_read_the_models_on_the_volume_and_write_elsewhere(cases: Cases) -> None:
+    claims = 0
+    for name, pod in every_pod(cases):
+        container = pod["spec"]["containers"][0]
+        training = any(one["name"] == "ATTUNE_REDIS_PASSWORD" for one in container.get("env", []))
+        data = [volume for volume in pod["spec"].get("volumes", []) if volume["name"] == "data"]
+        if training or not data:
+            continue
+        claims += 1
+        assert "persistentVolumeClaim" in data[0], name
+        (mount,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == "/data"]
+        assert mount["readOnly"], name
+        assert {"name": "HF_HOME", "value": "/tmp/huggingface"} in container["env"], name
+        assert pod["spec"]["terminationGracePeriodSeconds"] > 30, name  # rewardServer.drainSeconds
+    assert claims >= 4
+
+
+def test_losing_the_submitter_does_not_end_the_run(cases: Cases) -> None:
+    job = the(cases["default"], "RayJob")["spec"]
+    assert job["submitterConfig"]["backoffLimit"] == 20  # KubeRay gives a run up after it
+    notes = job["submitterPodTemplate"]["metadata"]["annotations"]
+    assert notes["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
 
 
 def test_reward_server_takes_its_recipe(cases: Cases) -> None:

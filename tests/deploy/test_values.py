@@ -50,6 +50,25 @@ def test_a_name_that_kuberay_cannot_take_is_refused(checker: ModuleType) -> None
         checker.render(options=("--set", "fullnameOverride=1st"))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("run.resume=/data/runs/a/checkpoints/step_4", 'run.resume is "/data/runs/a/checkpoints/step_4": every retry'),
+        ("run.resume=never", "set job.backoffLimit to 0"),
+        ("recipe.path=", "recipe: path, inline and configMap.name are all empty"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(checker: ModuleType, options: str, said: str) -> None:
+    with pytest.raises(checker.ToolFailed, match=said):
+        checker.render(options=("--set", options))
+    assert checker.render(options=("--set", "run.resume=never,job.backoffLimit=0"))
+
+
+def test_a_variable_is_no_secret_for_beginning_like_one(checker: ModuleType) -> None:
+    given = "extraEnv[0].name=TOKENIZERS_PARALLELISM,extraEnv[0].value=off"
+    assert "TOKENIZERS_PARALLELISM" in checker.render(options=("--set", given))
+
+
 def test_schema_and_values_have_the_same_keys() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))

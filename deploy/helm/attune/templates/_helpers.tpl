@@ -140,6 +140,8 @@ requests:
 {{- define "attune.recipePath" -}}
 {{- if or .inline .configMap.name -}}
 /etc/attune/{{ ternary "recipe.yaml" .configMap.key (not (empty .inline)) }}
+{{- else if not .path -}}
+{{- fail "recipe: path, inline and configMap.name are all empty; give one of them" -}}
 {{- else if isAbs .path -}}
 {{ .path }}
 {{- else -}}

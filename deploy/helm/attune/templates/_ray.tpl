@@ -1,6 +1,9 @@
 {{/* The command that trains. Values of the chart come first, so that the user's overrides win. */}}
 {{- define "attune.entrypoint" -}}
 {{- $run := .Values.run.name | default .Release.Name -}}
+{{- if and (eq .Values.kind "RayJob") (ne .Values.run.resume "auto") (gt (int .Values.job.backoffLimit) 0) -}}
+{{- fail (printf "run.resume is %q: every retry would begin there again and set aside what came after; set job.backoffLimit to 0" .Values.run.resume) -}}
+{{- end -}}
 {{- $words := list "python -m cluster train" (include "attune.recipePath" .Values.recipe) "--run-dir" (printf "/data/runs/%s" $run) "--resume" .Values.run.resume -}}
 {{- $words = append $words (printf "stream.url=%s" (include "attune.redisUrl" .)) -}}
 {{- $words = append $words "stream.password_env=ATTUNE_REDIS_PASSWORD" -}}
@@ -22,7 +25,7 @@ metadata:
   {{- include "attune.podMetadata" (dict "root" .root "component" .component "annotations" (ternary $keep (dict) $isHead)) | nindent 2 }}
 spec:
   {{- include "attune.podCommon" . | nindent 2 }}
-  terminationGracePeriodSeconds: {{ ternary (add $grace 60) 60 .training }}
+  terminationGracePeriodSeconds: {{ ternary (add $grace 60) (add $values.rewardServer.drainSeconds 30) .training }}
   containers:
     - name: {{ .name }}
       image: {{ include "attune.image" .root }}
@@ -40,6 +43,9 @@ spec:
         # Ray waits so long for a job that it was told to stop; its default of 3 s allows no last commit.
         - {name: RAY_JOB_STOP_WAIT_TIME_S, value: {{ add $grace 30 | quote }}}
         {{- include "attune.secretEnv" (dict "name" "ATTUNE_REDIS_PASSWORD" "secret" $values.redis.secret) | nindent 8 }}
+        {{- else }}
+        # /data is the training's to write.
+        - {name: HF_HOME, value: /tmp/huggingface}
         {{- end }}
         {{- if or (not .training) (include "attune.usesReward" .root) }}
         {{- include "attune.secretEnv" (dict "name" "ATTUNE_REWARD_TOKEN" "secret" $values.rewardServer.secret) | nindent 8 }}
@@ -66,7 +72,7 @@ spec:
         - {name: recipe, mountPath: /etc/attune, readOnly: true}
         {{- end }}
         {{- else }}
-        - {name: data, mountPath: /data}
+        - {name: data, mountPath: /data, readOnly: true}
         {{- end }}
   volumes:
     - name: tmp
@@ -74,11 +80,7 @@ spec:
     - name: shared-memory
       emptyDir: {medium: Memory, sizeLimit: {{ .group.sharedMemory }}}
     - name: data
-      {{- if .training }}
       persistentVolumeClaim: {claimName: {{ $values.storage.existingClaim | default (printf "%s-data" (include "attune.fullname" .root)) }}}
-      {{- else }}
-      emptyDir: {sizeLimit: {{ .group.tmp }}}
-      {{- end }}
     {{- if .training }}
     {{- if $values.redis.caSecret.name }}
     - name: redis-ca
