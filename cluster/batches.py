@@ -143,8 +143,17 @@ class Batches:
             raise LedgerBehind(f"the ledger cannot be told of a commit: {error}") from error
 
     def note_failures(self) -> None:
-        """What failed for good becomes part of the manifest to come."""
-        for row in self._ledger.list("failed"):
-            if row.group_id not in self._history.failed and row.failure is not None:
-                self._history.failed[row.group_id] = row.failure
-                self._run.event("group_failed", group_id=row.group_id, failure=row.failure.kind, code=row.failure.code)
+        """What failed for good becomes part of the manifest to come.
+
+        Said to the ledger before: should Redis lose it after all, the chain of the driver's calls is broken, and the
+        group is made failed again instead of being trained on.
+        """
+        new = {
+            row.group_id: row.failure
+            for row in self._ledger.list("failed")
+            if row.group_id not in self._history.failed and row.failure is not None
+        }
+        self._ledger.mark_failed(new)
+        self._history.failed |= new
+        for group_id, failure in new.items():
+            self._run.event("group_failed", group_id=group_id, failure=failure.kind, code=failure.code)

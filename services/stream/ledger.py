@@ -276,6 +276,15 @@ class Ledger(Account):
             int(self._driven("commit", step, *chunk)) for step, groups in steps.items() for chunk in chunks(groups)
         )
 
+    def mark_failed(self, failed: Mapping[str, Failure]) -> None:
+        """What the driver takes for failed, whatever state it is in. Idempotent.
+
+        What actors write is not in the driver's chain: a failure of theirs that Redis loses would not be noticed. Once
+        the driver builds on it, it has to be.
+        """
+        for chunk in chunks(list(failed.items())):
+            self._driven("mark_failed", *(value for i, why in chunk for value in (i, why.model_dump_json())))
+
     def settle(self, done: Settled, first_order: int) -> None:
         """Drops the groups of the first `done.epochs` epochs, all of them done in a manifest, and keeps their number.
 
@@ -329,7 +338,7 @@ class Ledger(Account):
         for chunk in chunks(stray):
             self._driven("uncommit", *chunk)
         self.commit(committed)
-        self._mark_failed(failed)
+        self.mark_failed(failed)
         rescored, pending = self._driven("sweep")
         return {"rescored": int(rescored), "pending": int(pending), "uncommitted": len(stray)}
 
@@ -347,7 +356,7 @@ class Ledger(Account):
         onto the stream. Everything else is pending: an answer to a lease of before is late.
         """
         self.commit(committed)
-        self._mark_failed(failed)
+        self.mark_failed(failed)
         for step, groups in trained.items():
             for chunk in chunks(groups):
                 self._driven("consume", step, *chunk)
@@ -359,10 +368,6 @@ class Ledger(Account):
                 self._driven(
                     "put_back", group.group_id, group.attempt, version.incarnation, version.step, encode_group(group)
                 )
-
-    def _mark_failed(self, failed: Mapping[str, Failure]) -> None:
-        for chunk in chunks(list(failed.items())):
-            self._driven("mark_failed", *(value for i, why in chunk for value in (i, why.model_dump_json())))
 
     def look(self) -> tuple[str, bool]:
         """The name of the server's process, and whether it holds what this object called last.

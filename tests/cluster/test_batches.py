@@ -1,6 +1,8 @@
 """Batches from commit to commit: epochs that are done leave the ledger, and a run goes on from any of its commits."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +15,7 @@ from cluster.history import History
 from cluster.recipe import resolve
 from cluster.run_dir import RunDir, read_jsonl
 from cluster.training_data import TrainingData
-from services.records import PolicyVersion
+from services.records import Failure, Lease, PolicyVersion
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
 from services.stream.ledger import Ledger, Settled
@@ -68,6 +70,36 @@ def url(tmp_path: Path) -> Iterator[str]:
             yield server.url
         finally:
             actors.stop()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    """One that nobody works at, and that keeps what it has answered."""
+    with EmbeddedRedis(tmp_path / "redis", "always") as server:
+        yield server
+
+
+def log_of(server: EmbeddedRedis) -> Path:
+    return server.directory / "appendonly.aof"
+
+
+def start_again(server: EmbeddedRedis, kept: int) -> None:
+    """A server that comes back with the first `kept` bytes of its log."""
+    os.kill(server.pid, signal.SIGSTOP)
+    os.truncate(log_of(server), kept)
+    server.kill()
+    server.start()
+
+
+def lease_of(driver: Driver, ttl_s: float = 60.0) -> Lease:
+    found = driver.ledger.lease("actor", PolicyVersion(driver.history.incarnation, driver.history.steps_done), ttl_s)
+    assert isinstance(found, Lease), found
+    return found
+
+
+def look(driver: Driver) -> None:
+    driver.batches._recovery._looked = 0.0
+    driver.batches.look()
 
 
 def groups_of(driver: Driver) -> list[str]:
@@ -125,3 +157,31 @@ def test_a_restart_begins_where_the_ledger_was_settled(tmp_path: Path, url: str,
     assert resumed.ledger.counts()["committed"] == EPOCHS * PROMPTS
     assert len(set(groups_of(resumed))) == EPOCHS * PROMPTS
     assert "ledger_forgotten" not in resumed.events()
+
+
+def test_a_failure_that_redis_loses_after_it_was_noted_is_a_failure_all_the_same(
+    tmp_path: Path, server: EmbeddedRedis
+) -> None:
+    """Else the group would be trained on, and stand in the manifest twice."""
+    driver = Driver(tmp_path, server.url)
+    lease = lease_of(driver)
+    before = log_of(server).stat().st_size
+    failure = Failure(kind="data", code="empty_response", message="nothing")
+    assert driver.ledger.fail(lease.group_id, lease.attempt, failure, 0) == "failed"
+    driver.batches.note_failures()
+    assert driver.history.failed == {lease.group_id: failure}
+    start_again(server, before)
+    look(driver)
+    assert driver.ledger.ids("failed") == [lease.group_id]
+    assert driver.events()[-1] == "ledger_rebuilt"
+
+
+def test_failures_that_are_noted_already_cost_no_call(tmp_path: Path, server: EmbeddedRedis) -> None:
+    driver = Driver(tmp_path, server.url)
+    lease = lease_of(driver)
+    driver.ledger.fail(lease.group_id, lease.attempt, Failure(kind="data", code="empty", message="nothing"), 0)
+    driver.batches.note_failures()
+    before = log_of(server).stat().st_size
+    driver.batches.note_failures()
+    assert log_of(server).stat().st_size == before
+    assert driver.events().count("group_failed") == 1

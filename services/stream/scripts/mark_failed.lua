@@ -1,4 +1,5 @@
--- ARGV: pairs (group id, failure as JSON), from a manifest: failed, from whatever state. Settled ones are passed over.
+-- ARGV: pairs (group id, failure as JSON), of a manifest or of one to come: failed, from whatever state. Settled ones are
+-- passed over.
 local broken = broken_chain()
 if broken then return broken end
 local epochs = settled_epochs()
