@@ -360,7 +360,9 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
         def write_manifest(self) -> None:
             self.manifest |= self.trained
             why = Failure(kind="data", code="noted", message="in the manifest")
-            self.failed_in_manifest = dict.fromkeys(self.among("failed"), why)
+            noted = dict.fromkeys((i for i in self.among("failed") if i not in self.failed_in_manifest), why)
+            self.ledger.mark_failed(noted)
+            self.failed_in_manifest |= noted
 
         @precondition(lambda self: self.trained)
         @rule(marked=st.integers(0, 3))
@@ -625,6 +627,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
         def once_and_in_order(self) -> None:
             all_of_it = [i for groups in (self.manifest | self.trained).values() for i in groups]
             assert len(all_of_it) == len(set(all_of_it))
+            assert self.failed_in_manifest.keys().isdisjoint(all_of_it)
             orders = [self.groups[i].order for groups in self.manifest.values() for i in groups]
             assert orders == sorted(orders)  # batches are taken in lease order, crashes or not
 
