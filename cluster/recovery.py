@@ -71,13 +71,14 @@ class Recovery:
         committed = {step: groups for step, groups in history.steps.items() if step < history.committed_steps}
         trained = {step: groups for step, groups in history.steps.items() if step >= history.committed_steps}
         batch = None if self.batch is None or self.batch[0] in committed else self.batch
+        gate = ledger.opened
         ledger.forget()
         ledger.claim()
+        ledger.opened = gate  # what is to be opened still, should Redis lose something again in the middle of this
         self._feed.settle(ledger, history.settled(history.epochs_committed()))
         self._feed.register_again(ledger)
         ledger.rebuild(committed, history.failed, trained, batch)
         self._feed.top_up(ledger, self._window)
-        gate = ledger.opened
         if gate is not None:
             ledger.open_gate(gate.version, gate.weights, gate.limit)
         self._run.event("ledger_rebuilt", why=why, counts=ledger.counts())

@@ -126,6 +126,7 @@ class Ledger(Account):
 
     def close_gate(self) -> None:
         """No lease is given until the gate is opened again; work under way goes on."""
+        self.opened = None
         self._script("close_gate")
 
     # ---- a rollout actor
@@ -310,13 +311,14 @@ class Ledger(Account):
     def claim(self) -> None:
         """Takes the ledger for this object: what was called from another one before is refused from now on.
 
-        Forgets the gate: nothing is leased until it is opened again, with any version and limit.
+        Forgets the gate, here too: nothing is leased until it is opened again, with any version and limit.
         """
         if self._calls.command("EXISTS", self._key(FORGETTING)):  # whoever began it has died meanwhile
             self.forget()
         call = uuid4().hex
         self._script("claim", call)
         self._last_call = call
+        self.opened = None
 
     def reconcile(self, committed: Mapping[int, Sequence[str]], failed: Mapping[str, Failure]) -> dict[str, int]:
         """Makes the ledger the projection of the manifest. After `register`, before any lease; resumable at any line.

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from services.records import Group, PolicyVersion, Prompt, epoch_of
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
 from services.stream.keeper import KeptRedis
-from services.stream.ledger import Ledger
+from services.stream.ledger import Ledger, Wait
 from tests.cluster.actors import Actors
 
 SIZE, STALENESS = 3, 1
@@ -192,3 +193,38 @@ def test_scored_samples_that_vanish_are_generated_again(tmp_path: Path, kept: Ke
         assert run.history.steps[1] == groups
     finally:
         actors.stop()
+
+
+def test_a_gate_that_was_shut_stays_shut_when_the_ledger_is_made_anew(tmp_path: Path, kept: KeptRedis) -> None:
+    """The learner starts again, and the run goes back: nothing is leased under weights of the incarnation before."""
+    run = Run(tmp_path, kept.server.url, prompts=7)
+    for shut in (run.ledger.close_gate, run.ledger.claim):
+        run.open_gate(0)
+        shut()
+        forget(kept.server.url, kept)
+        run.recovery._looked = 0.0
+        run.recovery.look()
+        assert run.ledger.lease("actor", PolicyVersion(1, 0), 5.0) == Wait("gate")
+    assert run.events() == ["ledger_rebuilt"] * 2
+
+
+@pytest.mark.parametrize("at", [4, 8, 12])
+def test_the_gate_is_opened_again_where_redis_loses_something_in_the_middle_of_a_rebuilding(
+    tmp_path: Path, kept: KeptRedis, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    run = Run(tmp_path, kept.server.url, prompts=7)
+    execute, calls = run.ledger._calls._execute, count(1)
+
+    def lose_something(*args: Any) -> Any:
+        if next(calls) == at:
+            forget(kept.server.url, kept)
+        return execute(*args)
+
+    forget(kept.server.url, kept)
+    monkeypatch.setattr(run.ledger._calls, "_execute", lose_something)
+    run.feed.register_again(run.ledger)
+    monkeypatch.undo()
+    gate = run.ledger.gate()
+    assert gate is not None
+    assert gate.version == PolicyVersion(1, 0)
+    assert run.ledger.counts()["pending"] == 14

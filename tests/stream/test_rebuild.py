@@ -39,12 +39,13 @@ class Driver:
         self.batch: tuple[int, Sequence[Any]] | None = None
 
     def make_anew(self) -> None:
+        gate = self.ledger.opened
         self.ledger.forget()
         self.ledger.claim()
+        self.ledger.opened = gate
         self.ledger.register(0, [(group_id, n) for n, group_id in enumerate(self.ids)])
         self.ledger.rebuild(self.committed, self.failed, self.trained, self.batch)
         self.attach()
-        gate = self.ledger.opened
         assert gate is not None
         self.ledger.open_gate(gate.version, gate.weights, gate.limit)
 
