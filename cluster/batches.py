@@ -49,6 +49,9 @@ class Batches:
         ledger, history = self._ledger, self._history
         ledger.claim()
         settled = ledger.settled()
+        if settled.epochs <= history.epochs_committed():
+            self.feed.settle(ledger, history.settled(settled.epochs))  # a kill may have come in the middle of it
+            settled = ledger.settled()
         if settled != history.settled(settled.epochs):
             # The commit that this run goes on from is older than what was settled after a later one.
             self._run.event(

@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from cluster.batches import Batches
+from cluster.feed import groups_of_epoch
 from cluster.history import History
 from cluster.recipe import resolve
 from cluster.run_dir import RunDir, read_jsonl
@@ -28,11 +29,13 @@ PROMPTS, SIZE, EPOCHS = 6, 2, 4
 class Driver:
     """The driver's part of a run without a learner; a commit after every step."""
 
-    def __init__(self, path: Path, url: str, manifest: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: Path, url: str, manifest: dict[str, Any] | None = None, *, prompts: int = PROMPTS, size: int = SIZE
+    ) -> None:
         source = path / "prompts.jsonl"
-        source.write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(PROMPTS)), "utf-8")
+        source.write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(prompts)), "utf-8")
         data = {"source": str(source), "validation_fraction": 0.0, "test_fraction": 0.0}
-        run = {"groups_per_step": SIZE, "seed": 4, "epochs": EPOCHS, "max_staleness": 0}
+        run = {"groups_per_step": size, "seed": 4, "epochs": EPOCHS, "max_staleness": 0}
         config = resolve({"run": run, "data": data, "policy": {"model": "m"}}, "test")
         manifest = manifest or {"incarnation": 0, "steps": {}}
         self.history = History("run", incarnation=manifest["incarnation"] + 1)
@@ -41,6 +44,7 @@ class Driver:
         self.dir = RunDir(path)
         self.ledger = Ledger(connect(url), "run", patience_s=20)
         splits = TrainingData(load_prompts(config.data), None)
+        self.prompts = splits.splits.train
         self.batches = Batches(config, self.dir, self.history, splits, self.ledger)
         self.batches.reconcile()
         self.open_gate()
@@ -185,3 +189,34 @@ def test_failures_that_are_noted_already_cost_no_call(tmp_path: Path, server: Em
     driver.batches.note_failures()
     assert log_of(server).stat().st_size == before
     assert driver.events().count("group_failed") == 1
+
+
+class Killed(BaseException):
+    """The driver's process is gone."""
+
+
+def test_a_settling_that_was_cut_off_is_finished_and_nothing_is_forgotten(
+    tmp_path: Path, server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a call for every 500 groups: a kill after the first leaves numbers that no manifest has."""
+    prompts = 601
+    driver = Driver(tmp_path, server.url, prompts=prompts, size=prompts + 1)
+    in_order = [group for epoch in range(2) for group, _, _ in groups_of_epoch(driver.prompts, 4, epoch)]
+    steps = {"0": in_order[: prompts + 1]}
+    resumed = Driver(tmp_path, server.url, {"incarnation": 1, "steps": steps}, prompts=prompts, size=prompts + 1)
+    execute = resumed.ledger._calls.script
+
+    def killed_after_it(name: str, *args: Any) -> Any:
+        reply = execute(name, *args)
+        if name == "settle":
+            raise Killed
+        return reply
+
+    monkeypatch.setattr(resumed.ledger._calls, "script", killed_after_it)
+    with pytest.raises(Killed):
+        resumed.batches.feed.settle(resumed.ledger, resumed.history.settled(1))
+    assert resumed.ledger.settled() == Settled(1, 500, 0)
+    again = Driver(tmp_path, server.url, {"incarnation": 2, "steps": steps}, prompts=prompts, size=prompts + 1)
+    assert again.ledger.settled() == Settled(1, prompts, 0)
+    assert again.ledger.counts()["committed"] == prompts + 1
+    assert "ledger_forgotten" not in again.events()
