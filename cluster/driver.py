@@ -77,7 +77,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
                 others={"ray": partial(RayMetrics, config.run.name, history.run_id)},
             )
             save_resolved(config, run.config)
-            begin_incarnation(run, history)
+            begin_incarnation(run, history, data.fingerprint)
             budget = RestartBudget(config.cluster.restarts, config.cluster.restart_pause_s)
             label = f"{config.run.name}.{history.run_id[:6]}.{history.incarnation}"
             supervisor = Supervisor(ray, label, run, ledger, budget, config.cluster.progress_s, watch=check_stream)

@@ -5,7 +5,7 @@ ids of every step it contains, the groups that failed and why, the best evaluati
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,14 +135,23 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
     return history
 
 
-def begin_incarnation(run: RunDir, history: History) -> None:
-    """Cuts the run directory back to what the run goes on from, and notes that it does."""
+def begin_incarnation(run: RunDir, history: History, prompts: Mapping[str, Any]) -> None:
+    """Cuts the run directory back to what the run goes on from, and notes that it does.
+
+    `prompts` is the fingerprint of the training prompts: the next start is refused with others.
+    """
     run.cut_back(history.steps_done)
     run.steps_done = history.steps_done
     for aside in set_aside_after(run.path, history.steps_done):
         log.warning("a checkpoint that the run does not go on from is set aside: %s", aside)
         run.event("checkpoint_set_aside", path=str(aside))
-    run.event("start", run_id=history.run_id, incarnation=history.incarnation, step=history.steps_done)
+    run.event(
+        "start",
+        run_id=history.run_id,
+        incarnation=history.incarnation,
+        step=history.steps_done,
+        prompts=dict(prompts),
+    )
 
 
 def _check_recipe(run: RunDir, config: Config) -> None:

@@ -235,7 +235,7 @@ class Training:
             self._tick()
             self.supervisor.check()
             time.sleep(POLL_S)
-        begin_incarnation(self.run, self.history)
+        begin_incarnation(self.run, self.history, self.data.fingerprint)
         self.batches = Batches(self.config, self.run, self.history, self.data, self.ledger)
         self.progress.back_to(self.history.steps_done)
 
