@@ -16,7 +16,7 @@ from cluster.run_dir import RunDir
 from cluster.supervise import POLL_S, LedgerBehind
 from cluster.training_data import TrainingData
 from services.errors import Deadline
-from services.records import Group
+from services.records import Group, epoch_of
 from services.stream.errors import LedgerError
 from services.stream.ledger import Ledger, Settled
 
@@ -39,6 +39,8 @@ class Batches:
             epochs=config.run.epochs,
             steps=config.run.steps,
             groups_per_step=config.run.groups_per_step,
+            steps_done=history.steps_done,
+            groups_done=history.groups_done,
         )
         self._recovery = Recovery(
             ledger, self.feed, history, run, window=self._window(), lease_s=config.rollout.lease_s
@@ -52,11 +54,8 @@ class Batches:
         if settled.epochs <= history.epochs_committed():
             self.feed.settle(ledger, history.settled(settled.epochs))  # a kill may have come in the middle of it
             settled = ledger.settled()
-        if settled != history.settled(settled.epochs):
-            # The commit that this run goes on from is older than what was settled after a later one.
-            self._run.event(
-                "ledger_forgotten", why="it has settled groups that are not in the commit", had=asdict(settled)
-            )
+        if why := self._why_forget(settled):
+            self._run.event("ledger_forgotten", why=why, had=asdict(settled))
             ledger.forget()
             ledger.claim()
             settled = Settled()
@@ -67,6 +66,16 @@ class Batches:
         self._register()
         report = self._ledger.reconcile(self._history.steps, self._history.failed)
         self._run.event("reconciled", **report)
+
+    def _why_forget(self, settled: Settled) -> str | None:
+        """Why the ledger is no beginning for this run; None where it is."""
+        if settled != self._history.settled(settled.epochs):
+            # The commit that this run goes on from is older than what was settled after a later one.
+            return "it has settled groups that are not in the commit"
+        under_way = (ids for state, ids in self._ledger.states().items() if state not in ("committed", "failed"))
+        if any(epoch_of(group) >= self._config.run.epochs for ids in under_way for group in ids):
+            return "it has groups of epochs that the recipe no longer has"  # they would fill the last batch
+        return None
 
     def give_prompts(self, step: int) -> None:
         """The prompts that may be leased until the next step have their payload in the ledger."""
@@ -89,7 +98,7 @@ class Batches:
         return self._recovery.batch[1]
 
     def _register(self) -> None:
-        done = sum(len(groups) for groups in self._history.steps.values()) + len(self._history.failed)
+        done = self._history.groups_done + len(self._history.failed)
         self.feed.register(self._ledger, done + self._window())
 
     def _window(self) -> int:

@@ -108,8 +108,14 @@ def say_short_grace(config: Config, run: RunDir) -> None:
 
 def is_finished(config: Config, run: RunDir, history: History, prompts: int) -> bool:
     """Whether every step of the recipe is committed and the policy was written: there is nothing to go on with."""
+    done = history.settled(config.run.epochs)
     steps = total_steps(
-        prompts, epochs=config.run.epochs, steps=config.run.steps, groups_per_step=config.run.groups_per_step
+        prompts,
+        epochs=config.run.epochs,
+        steps=config.run.steps,
+        groups_per_step=config.run.groups_per_step,
+        steps_done=history.committed_steps,
+        groups_done=done.committed + done.failed,
     )
     return history.committed_steps >= steps and run.policy.exists()
 

@@ -12,9 +12,20 @@ from services.stream.ledger import Ledger, Settled
 from services.text.order import epoch_order
 
 
-def total_steps(prompts: int, *, epochs: int, steps: int | None, groups_per_step: int) -> int:
-    """Steps of a run: until the epochs are used up, the last batch short where they do not divide, or `steps`."""
-    possible = math.ceil(epochs * prompts / groups_per_step)
+def total_steps(
+    prompts: int,
+    *,
+    epochs: int,
+    steps: int | None,
+    groups_per_step: int,
+    steps_done: int = 0,
+    groups_done: int = 0,
+) -> int:
+    """Steps of a run: until the epochs are used up, the last batch short where they do not divide, or `steps`.
+
+    Counted from what is done: a run that was given more epochs has a short batch in its middle.
+    """
+    possible = steps_done + math.ceil(max(0, epochs * prompts - groups_done) / groups_per_step)
     return possible if steps is None else min(steps, possible)
 
 
@@ -31,10 +42,23 @@ def groups_of_epoch(prompts: Sequence[Prompt], seed: int, epoch: int) -> list[tu
 
 
 class Feed:
-    """The training prompts in lease order. `seed` is the run's, `epochs` and `steps` (None: all) bound the run."""
+    """The training prompts in lease order. `seed` is the run's, `epochs` and `steps` (None: all) bound the run.
+
+    `groups_done` groups are in the `steps_done` steps that the run goes on from. Failed groups are not among them:
+    `total_steps` is what learning-rate schedules reckon with, and must come out the same whether the run was stopped
+    before a failure, after it, or never. Where groups fail, the ledger says that all is done some steps before.
+    """
 
     def __init__(
-        self, prompts: Sequence[Prompt], *, seed: int, epochs: int, steps: int | None, groups_per_step: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int,
+        epochs: int,
+        steps: int | None,
+        groups_per_step: int,
+        steps_done: int = 0,
+        groups_done: int = 0,
     ) -> None:
         self._prompts = prompts
         self._seed = seed
@@ -44,8 +68,16 @@ class Feed:
         """Epochs that have left the ledger."""
         self._by_group: dict[str, Prompt] = {}
         self.groups_per_step = groups_per_step
-        self.total_groups = epochs * len(prompts)
-        self.total_steps = total_steps(len(prompts), epochs=epochs, steps=steps, groups_per_step=groups_per_step)
+        self._steps_done = steps_done
+        self._groups_done = groups_done
+        self.total_steps = total_steps(
+            len(prompts),
+            epochs=epochs,
+            steps=steps,
+            groups_per_step=groups_per_step,
+            steps_done=steps_done,
+            groups_done=groups_done,
+        )
 
     def register(self, ledger: Ledger, order: int) -> None:
         """Registers every epoch that begins at or before place `order`, each whole; idempotent."""
@@ -76,7 +108,7 @@ class Feed:
 
     @property
     def all_registered(self) -> bool:
-        return self._registered == self._epochs
+        return self._registered >= self._epochs  # more, where the recipe had more when they were trained
 
     def top_up(self, ledger: Ledger, window: int) -> None:
         """Gives those of the next `window` pending groups their prompts that have none yet."""
@@ -90,4 +122,5 @@ class Feed:
 
     def admission_limit(self, step: int, max_staleness: int) -> int:
         """Groups that may ever have been leased, failed ones not counted, while `step` steps are done (invariant 3)."""
-        return min((max_staleness + step + 1) * self.groups_per_step, self.total_steps * self.groups_per_step)
+        ahead = min(max_staleness + step + 1, self.total_steps) - self._steps_done
+        return self._groups_done + ahead * self.groups_per_step

@@ -51,6 +51,10 @@ class History:
     def steps_done(self) -> int:
         return len(self.steps)
 
+    @property
+    def groups_done(self) -> int:
+        return sum(map(len, self.steps.values()))
+
     def note_revisions(self, step: int, revisions: Sequence[str]) -> bool:
         """Under which revisions of the reward's recipe a step was scored; True where they are not the last step's."""
         before = self.revisions[max(self.revisions)] if self.revisions else None

@@ -30,12 +30,19 @@ class Driver:
     """The driver's part of a run without a learner; a commit after every step."""
 
     def __init__(
-        self, path: Path, url: str, manifest: dict[str, Any] | None = None, *, prompts: int = PROMPTS, size: int = SIZE
+        self,
+        path: Path,
+        url: str,
+        manifest: dict[str, Any] | None = None,
+        *,
+        prompts: int = PROMPTS,
+        size: int = SIZE,
+        epochs: int = EPOCHS,
     ) -> None:
         source = path / "prompts.jsonl"
         source.write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(prompts)), "utf-8")
         data = {"source": str(source), "validation_fraction": 0.0, "test_fraction": 0.0}
-        run = {"groups_per_step": size, "seed": 4, "epochs": EPOCHS, "max_staleness": 0}
+        run = {"groups_per_step": size, "seed": 4, "epochs": epochs, "max_staleness": 0}
         config = resolve({"run": run, "data": data, "policy": {"model": "m"}}, "test")
         manifest = manifest or {"incarnation": 0, "steps": {}}
         self.history = History("run", incarnation=manifest["incarnation"] + 1)
@@ -61,6 +68,13 @@ class Driver:
         self.history.committed_steps = step + 1
         self.manifest = cast(dict[str, Any], json.loads(json.dumps(self.history.manifest())))
         self.batches.commit({step: self.history.steps[step]})
+
+    def to_the_end(self) -> None:
+        while self.history.steps_done < self.batches.feed.total_steps:
+            self.step()
+
+    def sizes(self) -> list[int]:
+        return [len(groups) for groups in self.history.steps.values()]
 
     def events(self) -> list[str]:
         return [event["event"] for event in read_jsonl(self.dir.events)]
@@ -220,3 +234,37 @@ def test_a_settling_that_was_cut_off_is_finished_and_nothing_is_forgotten(
     assert again.ledger.settled() == Settled(1, prompts, 0)
     assert again.ledger.counts()["committed"] == prompts + 1
     assert "ledger_forgotten" not in again.events()
+
+
+def test_more_epochs_after_a_short_last_batch_leave_no_prompt_out(tmp_path: Path, url: str) -> None:
+    first = Driver(tmp_path, url, size=4, epochs=1)
+    first.to_the_end()
+    assert first.sizes() == [4, 2]
+    resumed = Driver(tmp_path, url, first.manifest, size=4, epochs=2)
+    resumed.to_the_end()
+    assert resumed.sizes() == [4, 2, 4, 2]
+    assert len(set(groups_of(resumed))) == 2 * PROMPTS
+    assert "regenerated" not in resumed.ledger.counters()  # nothing was leased a step too early
+
+
+def test_fewer_epochs_leave_none_of_the_later_ones_to_fill_the_last_batch(tmp_path: Path, url: str) -> None:
+    first = Driver(tmp_path, url, size=4, epochs=3)
+    first.step()
+    assert first.ledger.counts()["pending"] + 4 > PROMPTS  # of the second epoch, too
+    resumed = Driver(tmp_path, url, first.manifest, size=4, epochs=1)
+    assert "ledger_forgotten" in resumed.events()
+    resumed.to_the_end()
+    assert resumed.sizes() == [4, 2]
+    assert len(set(groups_of(resumed))) == PROMPTS
+    again = Driver(tmp_path, url, resumed.manifest, size=4, epochs=1)
+    assert again.events().count("ledger_forgotten") == 1
+    assert again.batches.feed.total_steps == again.history.steps_done
+
+
+def test_fewer_epochs_than_were_trained_are_no_fault(tmp_path: Path, url: str) -> None:
+    first = Driver(tmp_path, url, size=4, epochs=3)
+    for _ in range(2):
+        first.step()
+    resumed = Driver(tmp_path, url, first.manifest, size=4, epochs=1)
+    assert resumed.batches.feed.total_steps == resumed.history.steps_done == 2
+    assert resumed.ledger.counts()["committed"] == 8

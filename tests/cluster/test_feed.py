@@ -152,10 +152,24 @@ def test_a_run_that_went_further_before_may_have_registered_more(ledger: Ledger)
 def test_the_last_short_batch_is_a_step(epochs: int, steps: int | None, total: int) -> None:
     feed = Feed(prompts(10), seed=0, epochs=epochs, steps=steps, groups_per_step=3)
     assert feed.total_steps == total
-    assert feed.total_groups == 10 * epochs
     assert feed.admission_limit(0, 0) == 3
     assert feed.admission_limit(1, 1) == 9
     assert feed.admission_limit(100, 2) == 3 * total
+
+
+def test_a_run_that_got_more_epochs_counts_from_its_short_batch() -> None:
+    """10 groups in steps of 4, 4 and 2, then a second epoch: none is left over, none is leased too early."""
+    feed = Feed(prompts(10), seed=0, epochs=2, steps=None, groups_per_step=4, steps_done=3, groups_done=10)
+    assert feed.total_steps == 6
+    assert [feed.admission_limit(step, 0) for step in (3, 4, 5, 6)] == [14, 18, 22, 22]
+    bounded = Feed(prompts(10), seed=0, epochs=2, steps=4, groups_per_step=4, steps_done=3, groups_done=10)
+    assert bounded.total_steps == 4
+    assert bounded.admission_limit(4, 3) == 14
+
+
+def test_a_run_that_got_fewer_epochs_than_it_has_trained_has_no_step_left() -> None:
+    feed = Feed(prompts(10), seed=0, epochs=1, steps=None, groups_per_step=4, steps_done=4, groups_done=16)
+    assert feed.total_steps == 4
 
 
 @settings(max_examples=40, deadline=None)
