@@ -77,6 +77,10 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
                 others={"ray": partial(RayMetrics, config.run.name, history.run_id)},
             )
             save_resolved(config, run.config)
+            if resume not in ("auto", "never"):
+                # An older commit was asked for: what came after it is generated again. Before the run goes back to it,
+                # or a start that is cut off here would leave scored groups of the other branch to the next.
+                ledger.flush()
             begin_incarnation(run, history, data.fingerprint)
             budget = RestartBudget(config.cluster.restarts, config.cluster.restart_pause_s)
             label = f"{config.run.name}.{history.run_id[:6]}.{history.incarnation}"
@@ -85,8 +89,6 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             training = Training(
                 config, run, history, data, ledger, supervisor, stop, weights_dir, url, telemetry, console
             )
-            if resume not in ("auto", "never"):
-                ledger.flush()  # an older commit was asked for: what came after it is generated again
             return training.run_to_the_end()
     except Stopped as signal:  # before there was anything to commit
         run.event("stopped", signal=str(signal), steps=0, committed=0)

@@ -98,7 +98,7 @@ class History:
 
 
 def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> History:
-    """Decides what the run goes on from; changes nothing yet.
+    """Decides what the run goes on from; changes nothing yet, but notes in events.jsonl what it passed over.
 
     `resume` is `auto` (the newest valid commit, or the beginning), `never` (a new run in an empty directory), or the
     path of a committed checkpoint of this run.
@@ -142,13 +142,16 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
 def begin_incarnation(run: RunDir, history: History, prompts: Mapping[str, Any]) -> None:
     """Cuts the run directory back to what the run goes on from, and notes that it does.
 
+    Later checkpoints first: cut off in between, the next start must not go on from one whose steps have lost their
+    lines.
+
     `prompts` is the fingerprint of the training prompts: the next start is refused with others.
     """
-    run.cut_back(history.steps_done)
     run.steps_done = history.steps_done
     for aside in set_aside_after(run.path, history.steps_done):
         log.warning("a checkpoint that the run does not go on from is set aside: %s", aside)
         run.event("checkpoint_set_aside", path=str(aside))
+    run.cut_back(history.steps_done)
     run.event(
         "start",
         run_id=history.run_id,

@@ -160,11 +160,12 @@ def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
 
     They are damaged, or the run was told to go on from before them. Left in place they would count as the newest: what
     the run commits from now on would be pruned in their stead, and the next resume would take up what was left behind.
-    Nobody but their owner removes them: what is damaged may be all that is left of hours.
+    Nobody but their owner removes them: what is damaged may be all that is left of hours. The newest goes first: cut
+    off at any point, the run stands at one of its commits, nearer to the one asked for.
     """
     root = Path(run_dir) / "checkpoints"
     moved: list[Path] = []
-    for later in sorted(_steps(root)):
+    for later in sorted(_steps(root), reverse=True):
         if later > step:
             names = (root / f"step_{later}.aside{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
             aside = next(path for path in names if not path.exists())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.config import Config
-from cluster.history import History, open_history
+from cluster.history import History, begin_incarnation, open_history
 from cluster.recipe import resolve, save_resolved
 from cluster.run_dir import RunDir, read_jsonl
 from learner.commit import begin_checkpoint, commit_checkpoint
@@ -139,6 +139,59 @@ def test_without_a_sound_commit_it_begins_again(run: RunDir) -> None:
     (commit(run, first) / "COMMITTED").unlink()
     history = open_history(run, recipe(), "auto", "abc")
     assert (history.run_id, history.incarnation, history.steps_done, history.checkpoint) == ("abc", 2, 0, None)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def test_going_back_can_be_cut_off_before_the_lines_are_removed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start goes on from the commit that was asked for, not from a later one that has lost its lines."""
+    first = start(run, recipe())
+    paths: list[Path] = []
+    for number in range(4):
+        step(first)
+        run.write_metrics(number, {"reward/mean": 0.0})
+        paths.append(commit(run, first))
+
+    def cut_off(_steps: int) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "cut_back", cut_off)
+        with pytest.raises(Killed):
+            begin_incarnation(run, open_history(run, recipe(), str(paths[1]), "x"), {})
+    history = open_history(run, recipe(), "auto", "x")
+    assert history.checkpoint == paths[1]
+    begin_incarnation(run, history, {})
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [0, 1]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [
+        "step_1",
+        "step_2",
+        "step_3.aside",
+        "step_4.aside",
+    ]
+
+
+def test_later_commits_are_set_aside_newest_first(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a start which is cut off among them stands at the newest that is left, all steps before it in place."""
+    first = start(run, recipe())
+    for _ in range(4):
+        step(first)
+        commit(run, first)
+    rename, renamed = Path.rename, list[str]()
+
+    def one(self: Path, target: Path) -> Path:
+        if renamed:
+            raise Killed
+        renamed.append(self.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", one)
+    with pytest.raises(Killed):
+        begin_incarnation(run, open_history(run, recipe(), str(run.checkpoints / "step_1"), "x"), {})
+    assert renamed == ["step_4"]
+    assert open_history(run, recipe(), "auto", "x").steps_done == 3
 
 
 # ---- what is refused

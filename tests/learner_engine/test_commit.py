@@ -119,7 +119,7 @@ def test_a_run_that_goes_on_from_an_earlier_commit_sets_later_ones_aside(tmp_pat
     for step in (10, 20, 30):
         commit(tmp_path, step, f"of {step}")
     (tmp_path / "checkpoints" / "step_30" / "COMMITTED").unlink()
-    assert [path.name for path in set_aside_after(tmp_path, 10)] == ["step_20.aside", "step_30.aside"]
+    assert [path.name for path in set_aside_after(tmp_path, 10)] == ["step_30.aside", "step_20.aside"]
     commit(tmp_path, 11)
     prune_checkpoints(tmp_path, 1)
     found = latest_committed(tmp_path)
