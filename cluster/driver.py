@@ -23,7 +23,7 @@ from cluster.ray_runtime import ray_cluster
 from cluster.recipe import save_resolved
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir, read_jsonl
-from cluster.signals import Stopped, stop_request
+from cluster.signals import stop_request
 from cluster.supervise import Supervisor
 from cluster.training import Outcome, Training
 from cluster.training_data import load_training_data
@@ -90,9 +90,6 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
                 config, run, history, data, ledger, supervisor, stop, weights_dir, url, telemetry, console
             )
             return training.run_to_the_end()
-    except Stopped as signal:  # before there was anything to commit
-        run.event("stopped", signal=str(signal), steps=0, committed=0)
-        return Outcome(str(signal), 0, 0, 0.0)
     except Exception as error:
         if run.events.exists():
             run.event("ended", error=f"{type(error).__name__}: {error}")
