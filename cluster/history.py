@@ -46,6 +46,8 @@ class History:
     """Steps whose batch was not trained on, and why (`learner.bad_batch`)."""
     checkpoint: Path | None = None
     committed_steps: int = 0
+    committed_failures: int = 0
+    """How many of `failed` the last commit holds."""
 
     @property
     def steps_done(self) -> int:
@@ -136,6 +138,7 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
         history.skipped = {int(step): why for step, why in manifest.get("skipped", {}).items()}
         history.checkpoint = commit.path
         history.committed_steps = history.steps_done
+        history.committed_failures = len(history.failed)
     return history
 
 

@@ -51,6 +51,7 @@ from learner.commit import (
     is_full_disk,
     needed_bytes,
     prune_checkpoints,
+    replace_manifest,
 )
 from reward_server.placement import placed_models
 from services.records import PolicyVersion
@@ -428,6 +429,7 @@ class Training:
             raise
         uncommitted = range(self.history.committed_steps, steps)
         self.history.committed_steps = steps  # from here on it is the truth, whatever becomes of the ledger
+        self.history.committed_failures = len(self.history.failed)
         self.batches.commit({step: self.history.steps[step] for step in uncommitted})
         self.supervisor.budget.committed()
         best = self.history.best.get("step") if self.config.checkpoint.keep_best else None
@@ -452,8 +454,11 @@ class Training:
             log.warning("the last steps are not committed: %s", fault)
 
     def _finish(self) -> None:
+        self.batches.note_failures()
         if self.history.steps_done > self.history.committed_steps:
             self._commit()
+        else:
+            commit_failures(self.run, self.history)
         self.progress.phase("writing the policy")
         self._export(self.run.policy)
 
@@ -468,3 +473,15 @@ class Training:
         self.stop.check()
         self.status.beat(self.supervisor)
         self.batches.look()
+
+
+def commit_failures(run: RunDir, history: History) -> None:
+    """What failed after the last commit goes into it: no step follows whose commit would hold it.
+
+    Where no step was ever trained there is no commit to hold it: events.jsonl alone names the groups.
+    """
+    if history.committed_steps == 0 or history.committed_failures == len(history.failed):
+        return
+    replace_manifest(run.checkpoints / f"step_{history.committed_steps}", history.manifest())
+    history.committed_failures = len(history.failed)
+    run.event("failures_committed", step=history.committed_steps, failed=len(history.failed))

@@ -92,6 +92,25 @@ def commit_checkpoint(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
     return final
 
 
+def replace_manifest(directory: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Gives a committed checkpoint another manifest over the same files, which are not looked at.
+
+    COMMITTED names both while the one takes the other's place: cut off at any point, the checkpoint is valid with the
+    manifest that stands there.
+
+    Raises:
+        UserError: it is no committed checkpoint.
+        OSError: the disk is full, or the like; the checkpoint is valid with the manifest that it had.
+    """
+    path = Path(directory)
+    files = read_manifest(path)["files"]
+    text = json.dumps({**manifest, "files": files}, indent=1, sort_keys=True)
+    old, new = _sha256(path / MANIFEST), hashlib.sha256(text.encode()).hexdigest()
+    _replace(path / COMMITTED, f"{old}\n{new}\n")
+    _replace(path / MANIFEST, text)
+    _replace(path / COMMITTED, new + "\n")
+
+
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of a committed checkpoint. That it is the one that was committed is verified, the files are not.
 
@@ -105,7 +124,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         if not (path / name).is_file():
             raise UserError(f"{path} is not a committed checkpoint: {name} is missing")
     text = (path / MANIFEST).read_bytes()
-    if hashlib.sha256(text).hexdigest() != (path / COMMITTED).read_text().strip():
+    if hashlib.sha256(text).hexdigest() not in (path / COMMITTED).read_text().split():
         raise UserError(f"{path} is damaged: {MANIFEST} is not the one that was committed")
     return json.loads(text)
 
@@ -239,6 +258,13 @@ def _sha256(path: Path) -> str:
 def _write(path: Path, text: str) -> None:
     path.write_text(text)
     _sync(path)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    _write(partial, text)
+    partial.replace(path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -10,6 +10,7 @@ from cluster.config import Config
 from cluster.history import History, begin_incarnation, open_history
 from cluster.recipe import resolve, save_resolved
 from cluster.run_dir import RunDir, read_jsonl
+from cluster.training import commit_failures
 from learner.commit import begin_checkpoint, commit_checkpoint
 from services.errors import UserError
 from services.records import Failure
@@ -192,6 +193,65 @@ def test_later_commits_are_set_aside_newest_first(run: RunDir, monkeypatch: pyte
         begin_incarnation(run, open_history(run, recipe(), str(run.checkpoints / "step_1"), "x"), {})
     assert renamed == ["step_4"]
     assert open_history(run, recipe(), "auto", "x").steps_done == 3
+
+
+# ---- what failed after the last commit
+
+
+def lose_one(history: History) -> None:
+    history.failed["0:p9"] = Failure(kind="data", code="prompt_refused", message="zu lang")
+
+
+def test_what_failed_after_the_last_step_is_in_its_commit(run: RunDir) -> None:
+    first = start(run, recipe())
+    step(first)
+    commit(run, first)
+    resumed = start(run, recipe())
+    lose_one(resumed)
+    commit_failures(run, resumed)
+    commit_failures(run, resumed)
+    again = open_history(run, recipe(), "auto", "x")
+    assert (again.steps, again.failed) == (first.steps, resumed.failed)
+    assert kinds(run) == ["start", "start", "failures_committed"]
+    none = History("x", 1)
+    lose_one(none)
+    commit_failures(run, none)  # no step was trained: there is nothing to put it in
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_a_commit_that_is_given_failures_is_valid_wherever_it_is_cut_off(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """Three files are written beside their places and renamed: six moments to be killed at."""
+    first = start(run, recipe())
+    step(first)
+    path = commit(run, first)
+    resumed = start(run, recipe())
+    lose_one(resumed)
+    left = [writes]
+
+    def counted(act: Any) -> Any:
+        def perform(self: Path, *arguments: Any) -> Any:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return act(self, *arguments)
+
+        return perform
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", counted(Path.write_text))
+        patched.setattr(Path, "replace", counted(Path.replace))
+        with pytest.raises(Killed):
+            commit_failures(run, resumed)
+    again = open_history(run, recipe(), "auto", "x")
+    assert again.checkpoint == path
+    assert again.failed == (resumed.failed if writes >= 4 else {})
+    lose_one(again)
+    again.committed_failures = 0
+    commit_failures(run, again)
+    assert open_history(run, recipe(), "auto", "x").failed == resumed.failed
+    assert len((path / "COMMITTED").read_text().split()) == 1
 
 
 # ---- what is refused
