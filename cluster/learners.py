@@ -7,10 +7,9 @@ from typing import Any
 from cluster.config import Config
 from cluster.plan import Part
 from cluster.reservation import Reservation
-from cluster.supervise import LearnerDied, LedgerBehind, PartDied, PartFailed, Running, Supervisor
+from cluster.supervise import LearnerDied, LedgerBehind, PartDied, PartFailed, Running, Supervisor, Unanswered
 from learner.faults import PeerLost
 from learner.worker import LearnerWorker
-from services.errors import Deadline
 from services.stream.errors import LedgerError
 
 TELL_S = 10.0
@@ -33,16 +32,15 @@ class LearnerGroup:
         Raises:
             LearnerDied: a rank died, lost its peers, or did not answer in time; names it.
             LedgerBehind: the ledger no longer has what the ranks were to train on.
-            PartFailed, UserError: what a rank said of its work, which another try would say again.
+            PartFailed, UserError: what a rank said of its work, which another try would say again; or another part
+                ended that is not started again.
         """
         references = [getattr(rank.handle, method).remote(*args) for rank in self.ranks]
         names = [rank.name for rank in self.ranks]
         try:
             return self.supervisor.wait(references, names, what=what, seconds=seconds, tick=self.tick)[0]
-        except Deadline as late:
-            raise LearnerDied(str(late)) from late
-        except PartDied as died:
-            raise LearnerDied(str(died)) from died
+        except (PartDied, Unanswered) as gone:
+            raise LearnerDied(str(gone)) from gone
         except PartFailed as failed:
             if isinstance(failed.__cause__, LedgerError):
                 raise LedgerBehind(str(failed)) from failed

@@ -44,6 +44,10 @@ class PartDied(PartFailed):
     """Its process is gone: nothing is said about its work."""
 
 
+class Unanswered(Deadline):
+    """Of the calls that were waited for themselves: no other part's deadline, nor that of Redis."""
+
+
 class GoBack(PartFailed):
     """The run can go on, but only from its last commit. `kind` is whose restarts it counts among."""
 
@@ -291,8 +295,11 @@ class Supervisor:
             log.debug("%s: %s", part.name, gone)
         cause = error.__cause__ or error
         pause = None if isinstance(cause, SAID_ON_PURPOSE) else self.budget.spend(kept.kind)
-        if pause is None:
+        if pause is None and isinstance(error, UserError):
             raise error
+        if pause is None:
+            # Not as it came: who waits for another part would take a PartDied, or what caused this, for that part's.
+            raise PartFailed(str(error)) from error
         log.warning("%s; started again in %.1f s, %d more times", error, pause, self.budget.left(kept.kind))
         kept.due = time.monotonic() + pause
 
@@ -321,7 +328,8 @@ class Supervisor:
         """The results of all references, while every other part is watched and `tick` is called.
 
         Raises:
-            Deadline: names those that did not answer.
+            Unanswered: names those that did not answer.
+            PartDied: one of them is gone; never another part.
             PartFailed, UserError: one of them failed, or another part did.
         """
         end = time.monotonic() + seconds
@@ -337,7 +345,7 @@ class Supervisor:
             self.check()
             if time.monotonic() > end and pending:
                 late = [name for name, reference in zip(who, references, strict=True) if reference in pending]
-                raise Deadline(waited_for=what, who=", ".join(late), seconds=seconds)
+                raise Unanswered(waited_for=what, who=", ".join(late), seconds=seconds)
         return self.ray.get(list(references))
 
     def counters(self) -> dict[str, dict[str, dict[str, float]]]:

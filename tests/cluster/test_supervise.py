@@ -1,0 +1,199 @@
+"""Whose death is whose: what ends while the driver waits for the learner or the evaluator is not taken for theirs.
+
+Ray is played: an actor answers its pulse, ends the calls that it is told to end, and dies when it is told to.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import exceptions
+
+from cluster import evaluator
+from cluster.evaluator import Evaluator
+from cluster.learners import LearnerGroup
+from cluster.plan import Part
+from cluster.restarts import RestartBudget
+from cluster.run_dir import RunDir, read_jsonl
+from cluster.supervise import LearnerDied, PartFailed, Running, Supervisor
+from services.stream.errors import StreamLost
+
+
+class Reference:
+    """The answer of a call, once there is one."""
+
+    answer: Any = None
+    error: Exception | None = None
+    done = False
+
+    def end(self, answer: Any = None, error: Exception | None = None) -> None:
+        if not self.done:
+            self.answer, self.error, self.done = answer, error, True
+
+
+class Actor:
+    """A handle: `actor.method.remote(...)` is a call; every call but a pulse is out until it is ended."""
+
+    def __init__(self) -> None:
+        self.dead = False
+        self.calls: list[Reference] = []
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*_: object) -> Reference:
+            self.calls.append(reference := Reference())
+            if self.dead:
+                reference.end(error=exceptions.ActorDiedError())
+            elif method == "pulse":
+                reference.end((0, False))
+            return reference
+
+        return SimpleNamespace(remote=remote)
+
+    def end_calls(self, answer: Any) -> None:
+        for reference in self.calls:
+            reference.end(answer)
+
+    def die(self) -> None:
+        self.dead = True
+        for reference in self.calls:
+            reference.end(error=exceptions.ActorDiedError())
+
+
+class Ray:
+    """What a supervisor asks of Ray."""
+
+    exceptions = exceptions
+
+    def __init__(self) -> None:
+        self.free = {"CPU": 4.0}
+
+    def remote(self, cls: type) -> Any:
+        del cls
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: Actor()))
+
+    def kill(self, actor: Actor, *, no_restart: bool) -> None:
+        assert no_restart
+        actor.die()
+
+    def wait(self, references: Sequence[Reference], *, num_returns: int = 1, timeout: float) -> Any:
+        del num_returns, timeout
+        return [each for each in references if each.done], [each for each in references if not each.done]
+
+    def get(self, asked: Any, timeout: float | None = None) -> Any:
+        del timeout
+        if isinstance(asked, list):
+            return [self.get(each) for each in asked]
+        assert asked.done
+        if asked.error is not None:
+            raise asked.error
+        return asked.answer
+
+    def available_resources(self) -> dict[str, float]:
+        return self.free
+
+
+class NoLedger:
+    """The actors here have no leases."""
+
+    def release(self, owner: str) -> list[str]:
+        del owner
+        return []
+
+
+class Crew:
+    """A supervisor with a learner rank and a rollout actor; `script` is what happens, tick by tick, and then nothing."""
+
+    def __init__(self, path: Path, *, restarts: int) -> None:
+        ray: Any = Ray()
+        ledger: Any = NoLedger()
+        self.ray: Ray = ray
+        self.run = RunDir(path)
+        self.supervisor = Supervisor(ray, "run", self.run, ledger, RestartBudget(restarts, 0.0), progress_s=600.0)
+        self.part = Part("rollout", 1, 1.0)
+        self.rank = Running("learner-0", Actor())
+        self.supervisor.learners = [self.rank]
+        self.supervisor.start_rollouts(self.part, self.rollout)
+        self.script: list[Callable[[], object]] = []
+
+    def rollout(self, name: str) -> Running:
+        actor = Actor()
+        return Running(name, actor, actor.run.remote())
+
+    def tick(self) -> None:
+        if self.script:
+            self.script.pop(0)()
+
+    def train(self, *script: Callable[[], object], seconds: float = 5.0) -> str:
+        self.script = list(script)
+        group = LearnerGroup(self.supervisor, (self.rank,), self.tick)
+        return group.call("train_step", what="step 0 to train", seconds=seconds)
+
+    def lose_rollout(self) -> None:
+        self.supervisor.rollouts[0].handle.die()
+
+    def events(self) -> list[str]:
+        return [event["event"] for event in read_jsonl(self.run.events)]
+
+
+def nothing() -> None:
+    pass
+
+
+def test_a_rollout_actor_that_dies_once_too_often_while_the_learner_trains_ends_the_run(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=1)
+    done = crew.train(crew.lose_rollout, nothing, lambda: crew.rank.handle.end_calls("trained"))
+    assert done == "trained"
+    assert crew.events() == ["rollout_died", "part_started"]  # the first death is within the budget
+    with pytest.raises(PartFailed, match="rollout-1 failed: ActorDiedError") as failed:
+        crew.train(crew.lose_rollout)
+    assert type(failed.value) is PartFailed  # neither the learner's death nor one that is waited out
+
+
+def test_a_rank_that_dies_or_does_not_answer_is_the_learners_death(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    with pytest.raises(LearnerDied, match="step 0 to train: learner-0 did not answer"):
+        crew.train(seconds=0.1)
+    with pytest.raises(LearnerDied, match="learner-0 failed: ActorDiedError"):
+        crew.train(crew.rank.handle.die)
+
+
+def test_a_redis_that_is_lost_while_the_learner_trains_is_no_death_of_a_rank(tmp_path: Path) -> None:
+    def look() -> None:
+        raise StreamLost(waited_for="the ledger's look", who="redis", seconds=30.0)
+
+    with pytest.raises(StreamLost):
+        Crew(tmp_path, restarts=0).train(look)
+
+
+def test_the_evaluator_is_started_again_after_its_own_death_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "evaluation_prompts", lambda *_: [])
+    monkeypatch.setattr(evaluator, "attention_options", lambda *_: None)
+    config: Any = SimpleNamespace(
+        evaluation=SimpleNamespace(split="test", prompts=1, best_goal="max"),
+        rollout=SimpleNamespace(threads=1), policy=None, attention=None, cluster=SimpleNamespace(step_s=5.0),
+    )  # fmt: skip
+    data: Any = None
+    crew = Crew(tmp_path, restarts=1)
+    others = crew.supervisor.others
+    asked = Evaluator(crew.supervisor, crew.part, config, data, crew.tick)
+
+    def measure(*script: Callable[[], object]) -> float:
+        crew.script = list(script)
+        return asked.evaluate(lambda: ("weights", None)).value
+
+    def answer() -> None:
+        crew.supervisor.others[0].handle.end_calls(({}, 1.0))
+
+    assert measure(others[0].handle.die, nothing, answer) == 1.0
+    assert crew.events().count("evaluator_died") == 1
+    (healthy,) = crew.supervisor.others
+    assert measure(crew.lose_rollout, nothing, answer) == 1.0
+    with pytest.raises(PartFailed, match="rollout-1 failed: ActorDiedError"):
+        measure(crew.lose_rollout, nothing, answer)
+    assert crew.events().count("evaluator_died") == 1
+    assert crew.supervisor.others == [healthy]  # `stop` ends it with the others
+    assert not healthy.handle.dead
