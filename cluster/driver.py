@@ -16,6 +16,7 @@ from cluster.config import Config
 from cluster.feed import total_steps
 from cluster.history import History, begin_incarnation, open_history
 from cluster.janitor import with_janitor
+from cluster.model_dirs import is_marked, policy_mark
 from cluster.plan import fitting, machines_of_ray, nodes_of_ray
 from cluster.ray_job import MARGIN_S, check_run_dir, is_job, short_grace, stop_wait_s
 from cluster.ray_metrics import RayMetrics
@@ -106,7 +107,7 @@ def say_short_grace(config: Config, run: RunDir) -> None:
 
 
 def is_finished(config: Config, run: RunDir, history: History, prompts: int) -> bool:
-    """Whether every step of the recipe is committed and the policy was written: there is nothing to go on with."""
+    """Whether every step of the recipe is committed and policy/ is of that commit: there is nothing to go on with."""
     done = history.settled(config.run.epochs)
     steps = total_steps(
         prompts,
@@ -116,7 +117,7 @@ def is_finished(config: Config, run: RunDir, history: History, prompts: int) -> 
         steps_done=history.committed_steps,
         groups_done=done.committed + done.failed,
     )
-    return history.committed_steps >= steps and run.policy.exists()
+    return history.committed_steps >= steps and is_marked(run.policy, policy_mark(run, history))
 
 
 def check_reach(config: Config, machines: int) -> None:

@@ -29,6 +29,7 @@ from cluster.evaluator import Evaluator
 from cluster.flow import Flow
 from cluster.history import History, begin_incarnation, open_history
 from cluster.learners import start_learners
+from cluster.model_dirs import best_mark, partial_of, policy_mark, put_in_place, seal, settle_best, take_best
 from cluster.parts import RewardParts, start_rollouts, wait_for_rollouts
 from cluster.plan import Part
 from cluster.progress import RunProgress
@@ -167,6 +168,7 @@ class Training:
 
     def _begin(self) -> None:
         """Brings the run to the point where the manifest stands: the ledger, the learner, the gate."""
+        settle_best(self.run, self.history, self.config.checkpoint.timeout_s, self._tick)
         self.batches.reconcile()
         parts = self._plan()
         if self.rewards is None:
@@ -388,19 +390,18 @@ class Training:
 
         evaluation = self.evaluator.evaluate(publish)
         if evaluation.better_than(self.history.best.get("value")):
-            self._export(self.run.policy_best)
             self.history.best = {"value": evaluation.value, "step": step}
+            self._write_policy(self.run.policy_best, best_mark(self.history))  # in place with the commit that names it
         return {**evaluation.metrics, "time/evaluation_s": time.monotonic() - began}
 
-    def _export(self, directory: Path) -> None:
-        """Writes the policy beside its place and then swaps: a reader never finds half a model."""
-        partial = directory.with_name(directory.name + ".partial")
+    def _write_policy(self, directory: Path, mark: Mapping[str, Any]) -> None:
+        """Writes the policy beside its place, whole and marked."""
+        partial = partial_of(directory)
         shutil.rmtree(partial, ignore_errors=True)
         self.learners.call(
             "export", str(partial), what="the policy to be written", seconds=self.config.checkpoint.timeout_s
         )
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+        seal(partial, mark)
 
     # Commits
 
@@ -430,6 +431,7 @@ class Training:
         uncommitted = range(self.history.committed_steps, steps)
         self.history.committed_steps = steps  # from here on it is the truth, whatever becomes of the ledger
         self.history.committed_failures = len(self.history.failed)
+        take_best(self.run, self.history)
         self.batches.commit({step: self.history.steps[step] for step in uncommitted})
         self.supervisor.budget.committed()
         best = self.history.best.get("step") if self.config.checkpoint.keep_best else None
@@ -460,7 +462,8 @@ class Training:
         else:
             commit_failures(self.run, self.history)
         self.progress.phase("writing the policy")
-        self._export(self.run.policy)
+        self._write_policy(self.run.policy, policy_mark(self.run, self.history))
+        put_in_place(self.run.policy)
 
     def _note_silent(self, step: int, silent: Mapping[str, str]) -> None:
         """Once, until the source scores again: the reward goes on without it, and nobody looks for that in samples."""

@@ -75,19 +75,19 @@ def commit_checkpoint(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
         name = path.relative_to(partial).as_posix()
         if path.is_file() and name not in (MANIFEST, COMMITTED):
             files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            _sync(path)
+            sync(path)
     text = json.dumps({**manifest, "files": files}, indent=1, sort_keys=True)
     _write(partial / MANIFEST, text)
     _write(partial / COMMITTED, hashlib.sha256(text.encode()).hexdigest() + "\n")
     for path in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
-        _sync(path)
+        sync(path)
     final = partial.with_name(partial.name.removesuffix(".partial"))
     aside = final.with_name(f"{final.name}.replaced")
     if final.exists():  # an earlier run went this far and was resumed from before, or this one failed verification
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
     return final
 
@@ -186,13 +186,18 @@ def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
     moved: list[Path] = []
     for later in sorted(_steps(root), reverse=True):
         if later > step:
-            names = (root / f"step_{later}.aside{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
-            aside = next(path for path in names if not path.exists())
+            aside = free_name(root / f"step_{later}.aside")
             (root / f"step_{later}").rename(aside)
             moved.append(aside)
     if moved:
-        _sync(root)
+        sync(root)
     return moved
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or where something stands there the first of `path-2`, `path-3` and so on that is free."""
+    names = (path.with_name(f"{path.name}{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(name for name in names if not name.exists())
 
 
 def needed_bytes(run_dir: str | Path, least: int) -> int:
@@ -234,6 +239,15 @@ def prune_checkpoints(run_dir: str | Path, keep: int, best: int | None = None) -
     return removed
 
 
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _remove(path: Path) -> None:
     # Without the marker first: a removal that is cut short must not leave a checkpoint that looks damaged.
     (path / COMMITTED).unlink(missing_ok=True)
@@ -257,19 +271,11 @@ def _sha256(path: Path) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
+    sync(path)
 
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     _write(partial, text)
     partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

@@ -33,6 +33,7 @@ PREVIEW_LINES = 600
 FAULTS = frozenset(
     {
         "bad_batch",
+        "best_forgotten",
         "checkpoint_refused",
         "ended",
         "fewer_ranks",
