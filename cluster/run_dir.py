@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ class RunDir:
         self.steps_done: int | None = None
         """As the driver counts them; every event says it."""
         self._lock: IO[str] | None = None
+        self._appending = threading.Lock()  # the thread that keeps Redis up writes events, too
 
     def lock(self, wait_s: float = 0.0) -> None:
         """Creates the directory and takes it for this process; another driver's end is waited for `wait_s`.
@@ -79,12 +81,15 @@ class RunDir:
             self._lock = None
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Appends to events.jsonl and waits until it is on disk: restarts are counted by it."""
+        """Appends to events.jsonl and waits until it is on disk: restarts are counted by it. Any thread may call it.
+
+        Raises:
+            OSError: the disk is full, or the like; then nothing of the event is there.
+        """
         at = {} if self.steps_done is None else {"at_step": self.steps_done}
-        with self.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), "event": kind, **at, **fields}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = json.dumps({"time": time.time(), "event": kind, **at, **fields}, ensure_ascii=False)
+        with self._appending:
+            append_line(self.events, line)
 
     def last_incarnation(self) -> int:
         """The incarnation of the run's last start; 0 where there was none."""
@@ -93,10 +98,8 @@ class RunDir:
         )
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **dict(sorted(metrics.items()))}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a commit that contains the step must not outlive its line
+        """Appends to metrics.jsonl, as `event` does: a commit that contains the step must not outlive its line."""
+        append_line(self.metrics, json.dumps({"step": step, **dict(sorted(metrics.items()))}))
 
     def write_samples(self, step: int, groups: Sequence[Group], extra: Mapping[str, Mapping[str, Any]]) -> None:
         """One shard a step; `extra` adds the learner's figures to a sample, by its id. Dense maps go to files."""
@@ -162,6 +165,24 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             yield json.loads(line)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line, and waits until it is on the disk; where it cannot be written to its end, nothing of it stays.
+
+    A line torn by a full disk would take the next one with it, and with that every later start: only a last line may
+    be torn.
+    """
+    with path.open("ab", buffering=0) as file:  # a buffer would be written once more when the file is closed
+        size = file.seek(0, os.SEEK_END)
+        left = memoryview(line.encode() + b"\n")
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def drop_torn_line(path: Path) -> None:

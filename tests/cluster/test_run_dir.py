@@ -1,5 +1,6 @@
 """The run directory: one driver at a time, torn lines, cutting back to a commit, dense maps in files."""
 
+import errno
 import json
 import os
 import subprocess
@@ -144,6 +145,61 @@ def test_an_event_cut_short_costs_no_other(run: RunDir, cut: int) -> None:
     run.event("committed", step=1)
     assert [event["event"] for event in read_jsonl(run.events)] == ["start", "start", "committed"]
     run.unlock()
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from cluster.run_dir import RunDir
+run = RunDir(Path(sys.argv[1]))
+write = run.event if sys.argv[2] == "events" else lambda kind, **fields: run.write_metrics(len(kind), fields)
+file = run.events if sys.argv[2] == "events" else run.metrics
+write("a", note="before")
+size = file.stat().st_size
+# The kernel writes what there is room for, and then refuses, as on a full disk.
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
+try:
+    write("bb", note="Größe" * 2000)
+except OSError as error:
+    print(error.strerror, file.stat().st_size == size)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+write("ccc", note="after")
+"""
+
+
+@pytest.mark.parametrize("name", ["events", "metrics"])
+def test_a_line_that_a_full_disk_cuts_short_takes_no_other_with_it(run: RunDir, name: str) -> None:
+    command = [sys.executable, "-c", FULL, str(run.path), name]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "File too large True\n"
+    assert [row["note"] for row in read_jsonl(run.path / f"{name}.jsonl")] == ["before", "after"]
+
+
+def test_an_event_that_fails_does_not_cut_off_another_threads(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that failed is taken back to where it began: nobody may have written after that meanwhile."""
+    failing, proceed = threading.Event(), threading.Event()
+    fsync = os.fsync
+
+    def broken(descriptor: int) -> None:
+        if threading.current_thread().name != "failing":
+            return fsync(descriptor)
+        failing.set()
+        proceed.wait(10)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def fail() -> None:
+        with pytest.raises(OSError, match="Input/output error"):
+            run.event("lost")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    threads = [threading.Thread(target=fail, name="failing"), threading.Thread(target=run.event, args=("kept",))]
+    threads[0].start()
+    assert failing.wait(10)
+    threads[1].start()
+    threads[1].join(0.5)
+    proceed.set()
+    for thread in threads:
+        thread.join(10)
+    assert [event["event"] for event in read_jsonl(run.events)] == ["kept"]
 
 
 # ---- metrics, samples and what a resume leaves of them
