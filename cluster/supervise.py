@@ -114,7 +114,7 @@ class Supervisor:
     """What is reserved for the learner's ranks."""
     on_death: Callable[[str], None] | None = None
     """Told the name of every rollout actor that has died, before another is started."""
-    watch: Callable[[], None] | None = None
+    watch: Callable[[], None] = lambda: None
     """Called at each `check`: raises where what is no actor (Redis) has gone for good."""
     _rollouts_ever: int = 0
     _titles: Counter[str] = field(default_factory=Counter[str])
@@ -182,8 +182,7 @@ class Supervisor:
             LearnerDied: a rank is gone; nothing else was waiting for it.
         """
         now = time.monotonic()
-        if self.watch is not None:
-            self.watch()
+        self.watch()
         up = [kept for kept in self.kept if kept.now is not None]
         watched = [part for kept in up if (part := kept.now) is not None] + self.others + self.learners
         for part in watched:

@@ -56,6 +56,7 @@ from learner.commit import (
 )
 from reward_server.placement import placed_models
 from services.records import PolicyVersion
+from services.stream.errors import StreamLost
 from services.stream.ledger import Ledger
 from services.telemetry import CLOSE_S, Telemetry
 from services.weights import MANIFEST
@@ -144,6 +145,9 @@ class Training:
             except Stopped as signal:
                 stopped = str(signal)
                 self._commit_in_grace()
+            except StreamLost:
+                self.supervisor.watch()  # why it is down for good, where that is known, says more than that it is silent
+                raise
             finally:
                 self.telemetry.close(self._watching_s())
         outcome = Outcome(
@@ -475,6 +479,7 @@ class Training:
     def _tick(self) -> None:
         self.stop.check()
         self.status.beat(self.supervisor)
+        self.supervisor.watch()  # first: a Redis that is down for good would be asked for `stream.patience_s`
         self.batches.look()
 
 

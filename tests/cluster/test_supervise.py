@@ -103,7 +103,7 @@ class NoLedger:
 
 
 class Crew:
-    """A supervisor with a learner rank and a rollout actor; `script` is what happens, tick by tick, and then nothing."""
+    """A supervisor with a learner rank and a rollout actor; `script` is what happens, tick by tick."""
 
     def __init__(self, path: Path, *, restarts: int) -> None:
         ray: Any = Ray()

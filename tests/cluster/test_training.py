@@ -1,0 +1,58 @@
+"""How a run ends that cannot go on: with what it lacks, and not with who waited for it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.history import History
+from cluster.recipe import resolve
+from cluster.restarts import RestartBudget
+from cluster.run_dir import RunDir
+from cluster.supervise import Supervisor
+from cluster.training import Training
+from cluster.training_data import TrainingData
+from services.stream.connect import connect
+from services.stream.embedded import EmbeddedRedis
+from services.stream.errors import StreamUnavailable
+from services.stream.ledger import Ledger
+from services.text.sources import load_prompts
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        yield server
+
+
+def training_on(server: EmbeddedRedis, path: Path, ray: Any = None) -> Training:
+    """A run that has not begun, without actors."""
+    source = path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(4)), "utf-8")
+    data = {"source": str(source), "validation_fraction": 0.0, "test_fraction": 0.0}
+    cluster = {"start_s": 0.5, "batch_s": 60.0}
+    config = resolve({"run": {"groups_per_step": 2}, "data": data, "policy": {"model": "m"}, "cluster": cluster}, "t")
+    run, ledger = RunDir(path), Ledger(connect(server.url), "run", patience_s=0.2)
+    supervisor = Supervisor(ray, "run", run, ledger, RestartBudget(3, 0.0), progress_s=600.0)
+    anything: Any = SimpleNamespace(close=lambda _: None, check=lambda: None, signal_name=None)
+    prompts = TrainingData(load_prompts(config.data), None)
+    history = History("run", incarnation=1)
+    return Training(
+        config, run, history, prompts, ledger, supervisor, anything, path, server.url, anything, Console(quiet=True)
+    )
+
+
+def test_a_redis_that_was_given_up_is_the_reason_that_is_said(server: EmbeddedRedis, tmp_path: Path) -> None:
+    training = training_on(server, tmp_path)
+    server.kill()
+
+    def given_up() -> None:
+        raise StreamUnavailable("the run's Redis died 4 times")
+
+    training.supervisor.watch = given_up
+    with pytest.raises(StreamUnavailable, match="died 4 times"):
+        training.run_to_the_end()
