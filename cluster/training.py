@@ -146,7 +146,7 @@ class Training:
                 stopped = str(signal)
                 self._commit_in_grace()
             except StreamLost:
-                self.supervisor.watch()  # why it is down for good, where that is known, says more than that it is silent
+                self.supervisor.watch()  # why it is down for good says more than that it is silent
                 raise
             finally:
                 self.telemetry.close(self._watching_s())
