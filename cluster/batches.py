@@ -17,7 +17,7 @@ from cluster.supervise import POLL_S, LedgerBehind
 from cluster.training_data import TrainingData
 from services.errors import Deadline
 from services.records import Group, epoch_of
-from services.stream.errors import LedgerError
+from services.stream.errors import LedgerError, LedgerTaken
 from services.stream.ledger import Ledger, Settled
 
 FAILURE_SLACK = 2
@@ -151,6 +151,8 @@ class Batches:
             if self._done_before > self.feed.settled:
                 self.feed.settle(self._ledger, self._history.settled(self._done_before))
             self._done_before = self._history.epochs_committed()
+        except LedgerTaken:
+            raise
         except LedgerError as error:
             raise LedgerBehind(f"the ledger cannot be told of a commit: {error}") from error
 

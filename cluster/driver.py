@@ -81,7 +81,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             if resume not in ("auto", "never"):
                 # An older commit was asked for: what came after it is generated again. Before the run goes back to it,
                 # or a start that is cut off here would leave scored groups of the other branch to the next.
-                ledger.flush()
+                ledger.forget()
             begin_incarnation(run, history, data.fingerprint)
             budget = RestartBudget(config.cluster.restarts, config.cluster.restart_pause_s)
             label = f"{config.run.name}.{history.run_id[:6]}.{history.incarnation}"

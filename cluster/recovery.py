@@ -65,7 +65,7 @@ class Recovery:
         return True
 
     def rebuild(self, why: str) -> None:
-        """Makes the ledger anew from what the driver knows."""
+        """Makes the ledger anew from what the driver knows. Raises LedgerTaken where it is another driver's by now."""
         history, ledger = self._history, self._ledger
         self._server, _ = ledger.look()
         committed = {step: groups for step, groups in history.steps.items() if step < history.committed_steps}

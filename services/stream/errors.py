@@ -27,5 +27,12 @@ class LedgerForgetting(LedgerLost):
     """The run's keys are being removed, or whoever began that has died: nothing may be written meanwhile."""
 
 
+class LedgerTaken(LedgerError, UserError):  # noqa: N818
+    """Another driver has claimed the ledger after this one: it is no longer this one's to write, nor to make anew.
+
+    The run ends with it; going back to the last commit would take the ledger from the other.
+    """
+
+
 class CodecError(Exception):
     """Bytes that are not a record of this schema version."""

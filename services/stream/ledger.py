@@ -17,6 +17,7 @@ Invariants, and where each is kept:
 5. What the driver writes is a chain of calls: Redis keeps the name of the last, and a call that does not follow on it
    is refused. So a Redis that came back empty, or without its last second, is noticed by the first call that could
    build on what is lost; `on_lost` then makes the ledger anew from what the driver knows, and the call is made again.
+   Another driver that has claimed the ledger meanwhile breaks the chain too: then nothing is made anew (`LedgerTaken`).
 
 A call whose reply was lost is sent again with the same token and gets the reply it had: nothing happens twice.
 What crosses is msgpack and JSON. Keys begin with `attune:{RUN}:`; core commands of Redis 6.2 only.
@@ -36,7 +37,7 @@ from services.stream.calls import Argument
 from services.stream.codec import decode_group, decode_prompt, encode_group, encode_prompt
 from services.stream.config import StreamSection
 from services.stream.connect import connect
-from services.stream.errors import LedgerError, LedgerForgetting, LedgerLost
+from services.stream.errors import LedgerError, LedgerForgetting, LedgerLost, LedgerTaken
 
 __all__ = ["STATES", "Gate", "GroupRow", "Ledger", "LoadWeights", "Settled", "Wait", "open_ledger"]
 
@@ -52,6 +53,9 @@ REBUILDS = 3
 
 FORGETTING = "forgetting"
 """The key that is there while the others are removed."""
+
+OWNER = "owner"
+"""The key that says who has claimed the ledger last, by the number of the claim."""
 
 KEYS_AT_ONCE = 10_000
 """Keys that one SCAN looks at: a few milliseconds of Redis's time."""
@@ -95,6 +99,9 @@ class Ledger(Account):
         self.on_lost: Callable[[], None] | None = None
         """Makes anew what Redis has lost (`forget` ... `rebuild`, the gate). None: the call raises LedgerLost."""
         self._rebuilding = False
+        self._token = uuid4().hex
+        self._claims = 0
+        """The number of the last claim by this object; 0 where it has made none."""
 
     # ---- the driver: what there is to do
 
@@ -125,7 +132,8 @@ class Ledger(Account):
         self.opened = Gate(version, weights, limit)
 
     def close_gate(self) -> None:
-        """No lease is given until the gate is opened again; work under way goes on."""
+        """No lease is given until the gate is opened again; work under way goes on. Raises LedgerTaken."""
+        self._refuse_if_taken()
         self.opened = None
         self._script("close_gate")
 
@@ -312,13 +320,23 @@ class Ledger(Account):
         """Takes the ledger for this object: what was called from another one before is refused from now on.
 
         Forgets the gate, here too: nothing is leased until it is opened again, with any version and limit.
+
+        Raises:
+            LedgerTaken: this object has claimed it before, and another one since. A first claim takes it from anybody.
         """
+        self._refuse_if_taken()
         if self._calls.command("EXISTS", self._key(FORGETTING)):  # whoever began it has died meanwhile
             self.forget()
         call = uuid4().hex
-        self._script("claim", call)
+        self._claims = int(self._script("claim", call, self._token, self._claims))
         self._last_call = call
         self.opened = None
+
+    def _refuse_if_taken(self) -> None:
+        """A Redis that lost its end may name an earlier owner, and an empty one none: neither has taken anything."""
+        number, token = self._calls.command("HMGET", self._key(OWNER), "number", "token")
+        if self._claims and number is not None and int(number) >= self._claims and text(token) != self._token:
+            raise LedgerTaken(f"{self._calls.where}: the ledger was taken by another driver, and this one has to end")
 
     def reconcile(self, committed: Mapping[int, Sequence[str]], failed: Mapping[str, Failure]) -> dict[str, int]:
         """Makes the ledger the projection of the manifest. After `register`, before any lease; resumable at any line.
@@ -384,8 +402,9 @@ class Ledger(Account):
         self._remove(keep=())
 
     def forget(self) -> None:
-        """`flush`, but for the counters of what has happened."""
-        self._remove(keep=(self._key("counters").encode(),))
+        """`flush`, but for who has claimed the ledger, and the counters of what has happened. Raises LedgerTaken."""
+        self._refuse_if_taken()
+        self._remove(keep=(self._key("counters").encode(), self._key(OWNER).encode()))
 
     def _remove(self, *, keep: Sequence[bytes]) -> None:
         forgetting = self._key(FORGETTING).encode()

@@ -19,6 +19,7 @@ from cluster.training_data import TrainingData
 from services.records import Failure, Lease, PolicyVersion
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
+from services.stream.errors import LedgerTaken
 from services.stream.ledger import Ledger, Settled
 from services.text.sources import load_prompts
 from tests.cluster.actors import Actors
@@ -268,3 +269,13 @@ def test_fewer_epochs_than_were_trained_are_no_fault(tmp_path: Path, url: str) -
     resumed = Driver(tmp_path, url, first.manifest, size=4, epochs=1)
     assert resumed.batches.feed.total_steps == resumed.history.steps_done == 2
     assert resumed.ledger.counts()["committed"] == 8
+
+
+def test_a_commit_to_a_ledger_that_another_driver_took_ends_the_run(tmp_path: Path, server: EmbeddedRedis) -> None:
+    """Going back to it would take the ledger from the other, which would take it back."""
+    driver = Driver(tmp_path, server.url)
+    Driver(tmp_path, server.url)
+    with pytest.raises(LedgerTaken):
+        driver.batches.commit({0: driver.ledger.ids("pending")[:SIZE]})
+    with pytest.raises(LedgerTaken):
+        driver.batches.reconcile()

@@ -18,6 +18,7 @@ from cluster.run_dir import RunDir, read_jsonl
 from services.records import Group, PolicyVersion, Prompt, epoch_of
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
+from services.stream.errors import LedgerTaken
 from services.stream.keeper import KeptRedis
 from services.stream.ledger import Ledger, Wait
 from tests.cluster.actors import Actors
@@ -228,3 +229,67 @@ def test_the_gate_is_opened_again_where_redis_loses_something_in_the_middle_of_a
     assert gate is not None
     assert gate.version == PolicyVersion(1, 0)
     assert run.ledger.counts()["pending"] == 14
+
+
+def two_drivers(path: Path, url: str) -> tuple[Run, Run]:
+    """Of one ledger: the second comes when the first is at work, from a copy of its directory."""
+    runs: list[Run] = []
+    for name in ("first", "second"):
+        (path / name).mkdir()
+        runs.append(Run(path / name, url, prompts=7))
+    return runs[0], runs[1]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda run: run.ledger.take(0, SIZE),
+        lambda run: run.open_gate(1),
+        lambda run: run.recovery.look(),
+        lambda run: run.recovery.rebuild("samples are lost"),
+        lambda run: run.ledger.close_gate(),
+        lambda run: run.ledger.claim(),
+    ],
+)
+def test_of_two_drivers_the_earlier_ends_and_the_later_is_not_disturbed(
+    tmp_path: Path, kept: KeptRedis, call: Any
+) -> None:
+    first, second = two_drivers(tmp_path, kept.server.url)
+    for _ in range(2):
+        first.recovery._looked = 0.0
+        with pytest.raises(LedgerTaken, match="taken by another driver"):
+            call(first)
+    gate = second.ledger.gate()
+    assert gate is not None
+    assert gate.limit > 0
+    actors = Actors(kept.server.url)
+    try:
+        while second.step():
+            pass
+    finally:
+        actors.stop()
+    assert len(second.trained) == 14
+    assert first.events() + second.events() == []
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_redis_that_lost_the_claim_of_the_later_driver_is_still_the_later_ones(
+    tmp_path: Path, kept: KeptRedis, emptied: bool
+) -> None:
+    """It names the earlier one as its owner, or nobody."""
+    (tmp_path / "first").mkdir()
+    first = Run(tmp_path / "first", kept.server.url, prompts=7)
+    log = kept.server.directory / "appendonly.aof"
+    before = log.stat().st_size
+    (tmp_path / "second").mkdir()
+    second = Run(tmp_path / "second", kept.server.url, prompts=7)
+    os.kill(kept.server.pid, signal.SIGSTOP)
+    os.truncate(log, 0 if emptied else before)
+    kill("", kept)
+    second.recovery._looked = 0.0
+    second.recovery.look()
+    assert second.events() == ["ledger_rebuilt"]
+    with pytest.raises(LedgerTaken):
+        first.ledger.take(0, SIZE)
+    assert second.ledger.take(0, SIZE) is None
+    assert second.events() == ["ledger_rebuilt"]
