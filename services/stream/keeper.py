@@ -9,13 +9,14 @@ the ledger is a projection of the manifest and of what the driver knows, and is 
 import logging
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import redis
 from redis.exceptions import BusyLoadingError, RedisError
 
-from services.errors import Deadline, UserError
+from services.errors import UserError
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
 from services.stream.errors import StreamUnavailable
@@ -65,11 +66,20 @@ class KeptRedis:
         self.server.stop()
 
     def check(self) -> None:
-        """Raises StreamUnavailable where the server is down for good."""
+        """Raises StreamUnavailable where the server is down for good, or nobody keeps it up any more."""
         if self._failed is not None:
             raise StreamUnavailable(str(self._failed)) from self._failed
 
     def _keep(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # too many deaths, a full disk, a server that does not end: `check` says it
+            self._failed = error
+            log.error("%r is no longer kept up: %s", self.server, error)
+            with suppress(OSError):  # the disk may be what is full
+                self._told("redis_given_up", error=str(error))
+
+    def _watch(self) -> None:
         asked = heard = time.monotonic()
         while not self._end.wait(_LOOK_S):
             if not self.server.alive():
@@ -98,25 +108,19 @@ class KeptRedis:
         return True
 
     def _start_again(self, why: str) -> bool:
+        """False where the block ends meanwhile. Raises what keeps the server from starting."""
         now = time.monotonic()
         self._deaths = [death for death in self._deaths if now - death < WINDOW_S] + [now]
         if len(self._deaths) > self._restarts:
-            self._failed = UserError(
+            raise UserError(
                 f"the run's Redis died {len(self._deaths)} times within {WINDOW_S:.0f} s, the last time because {why}; "
                 f"stream.restarts allows {self._restarts}. Its log is {self.server.directory / 'redis.log'}"
             )
-            self._told("redis_given_up", error=str(self._failed))
-            return False
         pause = min(_FIRST_PAUSE_S * 2 ** (len(self._deaths) - 1), _LONGEST_PAUSE_S)
         log.warning("%r: %s; started again in %g s", self.server, why, pause)
         if self._end.wait(pause):
             return False
-        try:
-            self._start()
-        except (UserError, Deadline) as error:
-            self._failed = error
-            self._told("redis_given_up", error=str(error))
-            return False
+        self._start()
         self._told("redis_restarted", why=why, deaths=len(self._deaths), seconds=round(time.monotonic() - now, 3))
         return True
 

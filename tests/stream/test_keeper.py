@@ -122,3 +122,17 @@ def test_what_is_no_damage_is_not_set_aside(tmp_path: Path) -> None:
         connect(kept.server.url).set("key", "value")
         assert kept.server.set_log_aside() is None
     assert (tmp_path / "redis" / "appendonly.aof").exists()
+
+
+def test_a_keeper_that_cannot_write_what_happened_says_so(tmp_path: Path) -> None:
+    """A full disk: its thread must not end in silence, with nobody left to start the server again."""
+
+    def told(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with KeptRedis(EmbeddedRedis(tmp_path / "redis"), restarts=3, told=told) as kept:
+        kept.check()
+        os.kill(kept.server.pid, signal.SIGKILL)
+        until(lambda: not kept._thread.is_alive(), 30)
+        with pytest.raises(StreamUnavailable, match="No space left on device"):
+            kept.check()
