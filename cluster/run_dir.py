@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from learner.commit import sync
 from services.errors import UserError
 from services.records import Group, Sample
 
@@ -102,7 +103,10 @@ class RunDir:
         append_line(self.metrics, json.dumps({"step": step, **dict(sorted(metrics.items()))}))
 
     def write_samples(self, step: int, groups: Sequence[Group], extra: Mapping[str, Mapping[str, Any]]) -> None:
-        """One shard a step; `extra` adds the learner's figures to a sample, by its id. Dense maps go to files."""
+        """One shard a step; `extra` adds the learner's figures to a sample, by its id. Dense maps go to files.
+
+        All of it is on the disk when this returns: a power cut must not empty the shard of a step that is committed.
+        """
         self.samples.mkdir(exist_ok=True)
         shard = self.samples / f"step_{step:06d}.jsonl"
         with shard.open("w", encoding="utf-8") as file:
@@ -112,6 +116,9 @@ class RunDir:
                     file.write(
                         json.dumps({"step": step, **row, **extra.get(sample.sample_id, {})}, ensure_ascii=False) + "\n"
                     )
+        maps = self.maps / f"step_{step:06d}"
+        for path in (shard, *maps.glob("*"), *(path for path in (maps, self.maps, self.samples) if path.exists())):
+            sync(path)
 
     def write_bad_batch(self, step: int, groups: Sequence[Group], why: str) -> Path:
         """The samples of a batch that was not trained on, kept wherever the run goes back to; line one says why."""

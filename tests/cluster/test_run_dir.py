@@ -240,6 +240,25 @@ def test_samples_are_shards_with_maps_beside_them(run: RunDir) -> None:
     Sample.model_validate({key: value for key, value in first.items() if key != "step"})
 
 
+def test_samples_are_on_the_disk_before_the_step_can_be_committed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: dict[str, int] = {}
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced[path.relative_to(run.path).as_posix()] = path.stat().st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    filled(run, 1)
+    for name in (
+        "samples/step_000000.jsonl",
+        "samples",
+        "samples/maps",
+        "samples/maps/step_000000",
+        "samples/maps/step_000000/0_p0_0.safetensors",
+    ):
+        assert synced[name] == (run.path / name).stat().st_size
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3, 5, 9])
 def test_cutting_back_leaves_the_steps_of_the_commit(run: RunDir, steps: int) -> None:
     filled(run, 5)
