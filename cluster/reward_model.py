@@ -19,7 +19,7 @@ from cluster.config import Config
 from cluster.model_stage import refuse_existing, train_on_ranks
 from cluster.recipe import save_resolved
 from cluster.run_dir import write_atomically
-from learner.commit import latest_committed
+from learner.commit import latest_committed, set_aside_after
 from learner.reward_examples import encode_records, probes_of, with_paraphrases
 from learner.reward_training import Data
 from services.errors import UserError
@@ -113,7 +113,7 @@ def started(config: Config, prepared: Prepared) -> dict[str, Any]:
 def begin_or_go_on(work: Path, this: Mapping[str, Any], resume: Resume, console: Console) -> str | None:
     """The checkpoint in `work` to go on from; None, and an empty `work`, to begin.
 
-    UserError: it is of another training.
+    UserError: it is of another training, or every checkpoint is damaged.
     """
     file = work / "started.json"
     if resume == "auto" and file.is_file():
@@ -128,6 +128,7 @@ def begin_or_go_on(work: Path, this: Mapping[str, Any], resume: Resume, console:
                     f"--resume auto: {work} is of a training with another {changed[0]} "
                     f"({before.get(changed[0])!r}, now {this[changed[0]]!r}); --resume never begins anew"
                 )
+            set_aside_after(work, latest.commit.step)  # left there, it would be kept in place of what follows
             console.print(f"  going on after {latest.commit.step} updates", highlight=False)
             return str(latest.commit.path.resolve())
     shutil.rmtree(work, ignore_errors=True)

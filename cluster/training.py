@@ -47,6 +47,7 @@ from learner.commit import (
     NoSpace,
     begin_checkpoint,
     check_space,
+    clear_unfinished,
     commit_checkpoint,
     give_up_checkpoint,
     is_full_disk,
@@ -172,6 +173,7 @@ class Training:
 
     def _begin(self) -> None:
         """Brings the run to the point where the manifest stands: the ledger, the learner, the gate."""
+        clear_unfinished(self.run.path)
         settle_best(self.run, self.history, self.config.checkpoint.timeout_s, self._tick)
         self.batches.reconcile()
         parts = self._plan()

@@ -13,6 +13,7 @@ Nothing here knows what the files hold, and nothing heavy is imported: the drive
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from services.errors import UserError
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
@@ -63,7 +66,8 @@ def commit_checkpoint(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
 
     Raises:
         ValueError: the directory is not named step_N.partial, or `manifest` holds the reserved key `files`.
-        OSError: the disk is full, or the like; then `step_N.partial` is no checkpoint, and earlier ones are untouched.
+        OSError: the disk is full, or the like, or `step_N` is there already: what a run does not go on from is set
+            aside before (`set_aside_after`). Then `step_N.partial` is no checkpoint, and earlier ones are untouched.
     """
     partial = Path(directory)
     if not (partial.name.endswith(".partial") and _STEP.fullmatch(partial.name.removesuffix(".partial"))):
@@ -82,13 +86,8 @@ def commit_checkpoint(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
     for path in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
         sync(path)
     final = partial.with_name(partial.name.removesuffix(".partial"))
-    aside = final.with_name(f"{final.name}.replaced")
-    if final.exists():  # an earlier run went this far and was resumed from before, or this one failed verification
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
     partial.rename(final)
     sync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
     return final
 
 
@@ -118,14 +117,17 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         UserError: what is wrong with it.
     """
     path = Path(directory)
-    if not path.is_dir() or _STEP.fullmatch(path.name) is None:
-        raise UserError(f"{path} is not a checkpoint: expected a directory checkpoints/step_N of a run")
-    for name in (COMMITTED, MANIFEST):
-        if not (path / name).is_file():
-            raise UserError(f"{path} is not a committed checkpoint: {name} is missing")
-    text = (path / MANIFEST).read_bytes()
-    if hashlib.sha256(text).hexdigest() not in (path / COMMITTED).read_text().split():
-        raise UserError(f"{path} is damaged: {MANIFEST} is not the one that was committed")
+    try:
+        if not path.is_dir() or _STEP.fullmatch(path.name) is None:
+            raise UserError(f"{path} is not a checkpoint: expected a directory checkpoints/step_N of a run")
+        for name in (COMMITTED, MANIFEST):
+            if not (path / name).is_file():
+                raise UserError(f"{path} is not a committed checkpoint: {name} is missing")
+        text = (path / MANIFEST).read_bytes()
+        if hashlib.sha256(text).hexdigest().encode() not in (path / COMMITTED).read_bytes().split():
+            raise UserError(f"{path} is damaged: {MANIFEST} is not the one that was committed")
+    except OSError as error:
+        raise UserError(f"{path} is damaged: it cannot be read: {error}") from error
     return json.loads(text)
 
 
@@ -136,7 +138,7 @@ def latest_manifest(run_dir: str | Path) -> tuple[dict[str, Any] | None, tuple[s
     for step in sorted(_steps(root), reverse=True):
         try:
             return read_manifest(root / f"step_{step}"), tuple(problems)
-        except (UserError, OSError) as error:  # one that is pruned meanwhile, too
+        except UserError as error:  # one that is pruned meanwhile, too
             problems.append(str(error))
     return None, tuple(problems)
 
@@ -149,21 +151,29 @@ def read_commit(directory: str | Path) -> Commit:
     """
     path = Path(directory)
     manifest = read_manifest(path)
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"{path} is damaged: {name} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise UserError(
-                f"{path} is damaged: {name} has {file.stat().st_size} bytes, {entry['bytes']} were committed"
-            )
-        if _sha256(file) != entry["sha256"]:
-            raise UserError(f"{path} is damaged: the SHA-256 of {name} is not the committed one")
+    try:
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                raise UserError(f"{path} is damaged: {name} is missing")
+            if file.stat().st_size != entry["bytes"]:
+                raise UserError(
+                    f"{path} is damaged: {name} has {file.stat().st_size} bytes, {entry['bytes']} were committed"
+                )
+            if _sha256(file) != entry["sha256"]:
+                raise UserError(f"{path} is damaged: the SHA-256 of {name} is not the committed one")
+    except OSError as error:
+        raise UserError(f"{path} is damaged: it cannot be read: {error}") from error
     return Commit(path=path, step=int(path.name.removeprefix("step_")), manifest=manifest)
 
 
 def latest_committed(run_dir: str | Path) -> Latest:
-    """The newest checkpoint of a run that is committed and undamaged."""
+    """The newest checkpoint of a run that is committed and undamaged.
+
+    Raises:
+        UserError: there are checkpoints, and none that can be used. Nothing is begun anew over what may be all that is
+            left of hours.
+    """
     problems: list[str] = []
     root = Path(run_dir) / "checkpoints"
     for step in sorted(_steps(root), reverse=True):
@@ -171,7 +181,12 @@ def latest_committed(run_dir: str | Path) -> Latest:
             return Latest(read_commit(root / f"step_{step}"), tuple(problems))
         except UserError as error:
             problems.append(str(error))
-    return Latest(None, tuple(problems))
+    if problems:
+        raise UserError(
+            f"no commit of {run_dir} can be used: {'; '.join(problems)}. Put one back from a copy; to begin again at "
+            f"step 0, move {root} away: metrics and samples that are there are removed then"
+        )
+    return Latest(None, ())
 
 
 def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
@@ -230,13 +245,25 @@ def give_up_checkpoint(run_dir: str | Path, step: int) -> None:
 
 
 def prune_checkpoints(run_dir: str | Path, keep: int, best: int | None = None) -> list[Path]:
-    """Removes all committed checkpoints but the newest `keep` (0: none is removed) and that of step `best`."""
+    """Removes all committed checkpoints but the newest `keep` (0: none is removed) and that of step `best`.
+
+    With them what an earlier removal left, which has no COMMITTED any more. What cannot be removed now is logged, and
+    tried again the next time: the commit before is done, and nothing of the run hangs on it.
+    """
     root = Path(run_dir) / "checkpoints"
-    committed = sorted(step for step in _steps(root) if (root / f"step_{step}" / COMMITTED).is_file())
-    removed = [root / f"step_{step}" for step in committed[:-keep] if step != best] if keep else []
-    for path in removed:
-        _remove(path)
-    return removed
+    steps = sorted(_steps(root))
+    committed = [step for step in steps if (root / f"step_{step}" / COMMITTED).is_file()]
+    if not keep or not committed:
+        return []
+    kept = {*committed[-keep:], *(step for step in committed if step == best)}
+    doomed = [root / f"step_{step}" for step in steps if step < committed[-1] and step not in kept]
+    return [path for path in doomed if _remove(path)]
+
+
+def clear_unfinished(run_dir: str | Path) -> None:
+    """Removes what a killed run was writing, of any step. Call it where nobody writes a checkpoint."""
+    for path in (Path(run_dir) / "checkpoints").glob("step_*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -248,10 +275,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
-    # Without the marker first: a removal that is cut short must not leave a checkpoint that looks damaged.
-    (path / COMMITTED).unlink(missing_ok=True)
-    shutil.rmtree(path)
+def _remove(path: Path) -> bool:
+    try:
+        # Without the marker first: a removal that is cut short must not leave a checkpoint that looks damaged.
+        (path / COMMITTED).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    except OSError as error:  # somebody reads it on a network file system, for one
+        log.warning("an old checkpoint is not removed yet: %s", error)
+        return False
+    return True
 
 
 def _size(amount: int) -> str:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from cluster.reward_model import Prepared, begin_or_go_on, prepare, started
-from learner.commit import begin_checkpoint, commit_checkpoint
+from learner.commit import begin_checkpoint, commit_checkpoint, prune_checkpoints
 from learner.reward_examples import Example
 from learner.reward_training import Data
 from services.errors import UserError
@@ -38,6 +38,21 @@ def test_it_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Path) -> 
     assert begin(work) == str(second)
     (second / "weights").write_bytes(b"12")
     assert begin(work) == str(first)
+    # What was damaged is out of the way of what follows: left there, pruning kept it, and removed that.
+    assert prune_checkpoints(work, keep=1) == []
+    assert commit(work, 8) == second
+    assert begin(work) == str(second)
+
+
+def test_damage_everywhere_is_no_beginning(tmp_path: Path) -> None:
+    work = tmp_path / "out.training"
+    begin(work)
+    weights = commit(work, 4) / "weights"
+    weights.write_bytes(b"12")
+    with pytest.raises(UserError, match="step_4 is damaged"):
+        begin(work)
+    assert weights.exists()
+    assert begin(work, resume="never") is None
 
 
 def test_another_recipe_is_refused_and_never_begins_anew(tmp_path: Path) -> None:

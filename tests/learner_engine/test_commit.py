@@ -1,6 +1,9 @@
 """A checkpoint is committed whole or not at all, and damage is noticed."""
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,11 @@ from learner.commit import (
     NoSpace,
     begin_checkpoint,
     check_space,
+    clear_unfinished,
     commit_checkpoint,
     is_full_disk,
     latest_committed,
+    latest_manifest,
     needed_bytes,
     prune_checkpoints,
     read_commit,
@@ -25,7 +30,14 @@ def commit(run: Path, step: int, content: str = "weights") -> Path:
     (partial / "engine").mkdir()
     (partial / "engine" / "part.pt").write_text(content)
     (partial / "learner.json").write_text("{}")
+    (partial / "empty").touch()
     return commit_checkpoint(partial, {"steps": {"0": ["0:a", "0:b"]}, "step": step})
+
+
+def ill(path: Path) -> None:
+    """Reading it fails with the kernel's own EIO, as on a disk that is going."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
 
 
 def test_what_was_committed_is_read_back(tmp_path: Path) -> None:
@@ -37,7 +49,7 @@ def test_what_was_committed_is_read_back(tmp_path: Path) -> None:
     assert found.commit is not None
     assert (found.commit.step, found.commit.path) == (10, path)
     assert found.commit.manifest["steps"] == {"0": ["0:a", "0:b"]}
-    assert set(found.commit.manifest["files"]) == {"engine/part.pt", "learner.json"}
+    assert set(found.commit.manifest["files"]) == {"engine/part.pt", "learner.json", "empty"}
 
 
 def test_the_newest_counts_by_number(tmp_path: Path) -> None:
@@ -49,12 +61,24 @@ def test_the_newest_counts_by_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm", ["flipped", "shorter", "file_gone", "marker_gone", "manifest_gone", "manifest_changed"]
+    "harm",
+    [
+        "flipped",
+        "shorter",
+        "unreadable",
+        "file_gone",
+        "marker_gone",
+        "marker_flipped",
+        "marker_unreadable",
+        "manifest_gone",
+        "manifest_changed",
+        "manifest_unreadable",
+    ],
 )
 def test_a_damaged_one_is_named_and_passed_over(harm: str, tmp_path: Path) -> None:
     commit(tmp_path, 1)
     newest = commit(tmp_path, 2)
-    part, manifest = newest / "engine" / "part.pt", newest / "manifest.json"
+    part, manifest, marker = newest / "engine" / "part.pt", newest / "manifest.json", newest / "COMMITTED"
     match harm:
         case "flipped":
             part.write_text("Weights")
@@ -62,8 +86,16 @@ def test_a_damaged_one_is_named_and_passed_over(harm: str, tmp_path: Path) -> No
             part.write_text("w")
         case "file_gone":
             part.unlink()
+        case "unreadable":
+            ill(newest / "empty")
         case "marker_gone":
-            (newest / "COMMITTED").unlink()
+            marker.unlink()
+        case "marker_flipped":
+            marker.write_bytes(b"\xff" + marker.read_bytes()[1:])
+        case "marker_unreadable":
+            ill(marker)
+        case "manifest_unreadable":
+            ill(manifest)
         case "manifest_gone":
             manifest.unlink()
         case _:
@@ -75,6 +107,19 @@ def test_a_damaged_one_is_named_and_passed_over(harm: str, tmp_path: Path) -> No
     assert "step_2" in problem
     with pytest.raises(UserError, match="step_2"):
         read_commit(newest)
+    found_manifest, problems = latest_manifest(tmp_path)
+    assert found_manifest is not None
+    assert [*problems] == ([problem] if "manifest" in harm or "marker" in harm else [])
+
+
+def test_damage_everywhere_is_no_beginning(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (commit(tmp_path, step) / "COMMITTED").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"step_2 is damaged.*step_1 is damaged.*move .*/checkpoints away"):
+        latest_committed(tmp_path)
+    assert latest_manifest(tmp_path)[0] is None
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    assert latest_committed(tmp_path).commit is None
 
 
 def test_an_unfinished_one_is_no_checkpoint(tmp_path: Path) -> None:
@@ -89,11 +134,49 @@ def test_nothing_there_is_nothing_found(tmp_path: Path) -> None:
         read_commit(tmp_path / "checkpoints" / "step_1")
 
 
-def test_a_step_committed_again_replaces_the_first(tmp_path: Path) -> None:
-    commit(tmp_path, 5, "old")
-    path = commit(tmp_path, 5, "new")
-    assert (path / "engine" / "part.pt").read_text() == "new"
-    assert [entry.name for entry in path.parent.iterdir()] == ["step_5"]
+def test_a_step_that_is_committed_is_not_written_over(tmp_path: Path) -> None:
+    path = commit(tmp_path, 5, "old")
+    with pytest.raises(OSError, match="not empty"):
+        commit(tmp_path, 5, "new")
+    assert (read_commit(path).path / "engine" / "part.pt").read_text() == "old"
+
+
+def test_what_a_removal_left_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A reader on a network file system keeps a directory from being removed; so does a kill in the middle of it."""
+    for step in (2, 4, 6):
+        commit(tmp_path, step)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as busy:
+        busy.setattr(shutil, "rmtree", refuse)
+        assert prune_checkpoints(tmp_path, 1) == []
+    assert "step_2" in caplog.text
+    assert not (tmp_path / "checkpoints" / "step_2" / "COMMITTED").exists()
+    commit(tmp_path, 8)
+    assert [path.name for path in prune_checkpoints(tmp_path, 2, best=4)] == ["step_2", "step_4"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_6", "step_8"}
+
+
+def test_what_is_no_commit_does_not_count_as_one_that_is_kept(tmp_path: Path) -> None:
+    commit(tmp_path, 1)
+    commit(tmp_path, 2)
+    (commit(tmp_path, 3) / "COMMITTED").unlink()
+    assert prune_checkpoints(tmp_path, 2) == []  # it is newer than all of them: not a removal cut short, but damage
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
+    commit(tmp_path, 1)
+    for step in (1, 2):
+        (begin_checkpoint(tmp_path, step) / "engine").mkdir()
+    (tmp_path / "checkpoints" / "step_2.aside").mkdir()
+    clear_unfinished(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_1", "step_2.aside"}
+    clear_unfinished(tmp_path / "elsewhere")
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
