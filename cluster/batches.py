@@ -136,9 +136,9 @@ class Batches:
                     who="the rollout actors and the scoring workers",
                     seconds=self._config.cluster.batch_s,
                 )
-            self._ledger.expire_leases()
             if between():
                 moved = time.monotonic()
+            self._ledger.expire_leases()  # after `look`, which puts it off where Redis was away
             self._ledger.wait_scored(int(POLL_S * 1000))
 
     def commit(self, steps: Mapping[int, Sequence[str]]) -> None:

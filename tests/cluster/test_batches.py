@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -279,3 +280,26 @@ def test_a_commit_to_a_ledger_that_another_driver_took_ends_the_run(tmp_path: Pa
         driver.batches.commit({0: driver.ledger.ids("pending")[:SIZE]})
     with pytest.raises(LedgerTaken):
         driver.batches.reconcile()
+
+
+def test_a_lease_that_ended_while_redis_was_away_is_its_owners_still(tmp_path: Path, server: EmbeddedRedis) -> None:
+    """The owner could not renew it meanwhile: it gets the time to do so before the lease is taken from it."""
+    driver = Driver(tmp_path, server.url)
+    lease = lease_of(driver, ttl_s=0.05)
+    start_again(server, log_of(server).stat().st_size)
+    time.sleep(0.1)
+    rounds = 0
+
+    def between() -> bool:
+        nonlocal rounds
+        look(driver)
+        rounds += 1
+        if rounds == 2:
+            raise Killed
+        return False
+
+    with pytest.raises(Killed):
+        driver.batches.wait(0, between, lambda _: None)
+    assert driver.events()[-1] == "ledger_kept"
+    assert driver.ledger.renew("actor", lease.group_id, lease.attempt, 60.0)
+    assert driver.ledger.counters() == {}
