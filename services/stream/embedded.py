@@ -39,9 +39,10 @@ log = logging.getLogger(__name__)
 _PORT_TRIES = 5
 _STOP_S = 10.0
 _LOCK_WAIT_S = 3.0
+"""A server whose driver was killed a moment ago may still be ending."""
+
 _TORN = b"aof-load-truncated"
 """In the server's messages: it found the end of its log torn off, and cut it back."""
-"""A server whose driver was killed a moment ago may still be ending."""
 
 
 def redis_executable() -> Path:
