@@ -23,7 +23,7 @@ from cluster.ray_metrics import RayMetrics
 from cluster.ray_runtime import ray_cluster
 from cluster.recipe import save_resolved
 from cluster.restarts import RestartBudget
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 from cluster.signals import stop_request
 from cluster.supervise import Supervisor
 from cluster.training import Outcome, Training
@@ -54,9 +54,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
         run.lock()
     try:
         say_short_grace(config, run)
-        starts = [event for event in read_jsonl(run.events) if event.get("event") == "start"]
-        run_id = str(starts[0]["run_id"]) if starts else uuid4().hex[:12]
-        history = open_history(run, config, resume, run_id)
+        history = open_history(run, config, resume, run.run_id() or uuid4().hex[:12])
         check_engine(config.rollout, config.policy)
         data = load_training_data(config, run)
         if is_finished(config, run, history, len(data.splits.train)):

@@ -24,7 +24,7 @@ import yaml
 from cluster.config import Config
 from cluster.feed import epochs_registered, groups_of_epoch
 from cluster.recipe import resolve
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 from learner.commit import latest_manifest
 from services.errors import UserError
 from services.records import Failure, GroupState, Prompt, epoch_of
@@ -105,10 +105,9 @@ def account_of(path: Path, *, names: bool) -> RunAccount:
         Deadline: its Redis fell silent while it was read.
     """
     run = RunDir(path)
-    starts = [event for event in read_jsonl(run.events) if event.get("event") == "start"]
-    if not starts:
+    run_id = run.run_id()
+    if run_id is None:
         raise UserError(f"{path}: is no run directory: events.jsonl has no start of a run")
-    run_id = str(starts[0]["run_id"])
     notes: list[str] = []
     found = _from_redis(run, run_id, notes) or _from_log(run, run_id, notes) or _from_recipe(run, notes)
     manifest, problems = latest_manifest(path)  # after the ledger: it is never older than what that tells of it

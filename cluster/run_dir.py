@@ -92,6 +92,11 @@ class RunDir:
         with self._appending:
             append_line(self.events, line)
 
+    def run_id(self) -> str | None:
+        """The run's name for itself, of its first start; None where there was none."""
+        starts = (event for event in read_jsonl(self.events) if event.get("event") == "start")
+        return next((str(event["run_id"]) for event in starts), None)
+
     def last_incarnation(self) -> int:
         """The incarnation of the run's last start; 0 where there was none."""
         return max(

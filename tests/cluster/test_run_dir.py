@@ -123,13 +123,16 @@ def test_a_directory_that_cannot_be_is_the_users_mistake(tmp_path: Path) -> None
 
 def test_events_are_lines_and_the_last_start_counts(run: RunDir) -> None:
     assert run.last_incarnation() == 0
+    assert run.run_id() is None
+    run.event("redis_started", port=1)
     run.event("start", incarnation=1, run_id="abc")
     run.event("group_failed", group_id="0:p", reason="zu lang – 97 Zeichen")
-    run.event("start", incarnation=2, run_id="abc")
+    run.event("start", incarnation=2, run_id="another")
     run.event("ended", error="x")
     assert run.last_incarnation() == 2
+    assert run.run_id() == "abc"
     events = list(read_jsonl(run.events))
-    assert [event["event"] for event in events] == ["start", "group_failed", "start", "ended"]
+    assert [event["event"] for event in events] == ["redis_started", "start", "group_failed", "start", "ended"]
     assert [event["time"] for event in events] == sorted(event["time"] for event in events)
     assert "–" in run.events.read_text(encoding="utf-8")
 
