@@ -165,6 +165,7 @@ def wait_for_rollouts(supervisor: Supervisor, seconds: float, tick: Callable[[],
 
     Raises:
         Deadline: names those that have not.
+        PlanError: the cluster has no room for any.
         PartFailed, UserError: a model that cannot be loaded is met here.
     """
     asked: dict[str, Any] = {}
@@ -181,6 +182,7 @@ def wait_for_rollouts(supervisor: Supervisor, seconds: float, tick: Callable[[],
         if rollouts and len(done) == len(waiting) and supervisor.rollouts == rollouts:
             return
         if time.monotonic() > end:
+            supervisor.check_room("rollout", seconds)
             late = [part.name for part in rollouts if asked[part.name] not in done] or ["the rollout actors"]
             raise Deadline(waited_for="the rollout actors to build their engines", who=", ".join(late), seconds=seconds)
         if not waiting:

@@ -133,17 +133,17 @@ def fitting(config: Config, nodes: Sequence[Node]) -> dict[str, Part]:
 
 
 def _missing(part: Part, index: int, parts: Sequence[Part], nodes: Sequence[Node]) -> str:
-    wanted = ", ".join(f"{p.count} x {p.name} ({_amount(p.cpus, p.gpus, p.memory_gb)})" for p in parts)
-    total = _amount(
+    wanted = ", ".join(f"{p.count} x {p.name} ({amount(p.cpus, p.gpus, p.memory_gb)})" for p in parts)
+    total = amount(
         sum(p.count * p.cpus for p in parts),
         sum(p.count * p.gpus for p in parts),
         sum(p.count * p.memory_gb for p in parts),
     )
-    there = "; ".join(f"{node.name}: {_amount(node.cpus, node.gpus, node.memory_gb)}" for node in nodes) or "no nodes"
+    there = "; ".join(f"{node.name}: {amount(node.cpus, node.gpus, node.memory_gb)}" for node in nodes) or "no nodes"
     alone = ", on a node without another of them (cluster.learner_placement: strict_spread)"
     return (
         f"the cluster cannot hold the plan: no node has room for {part.name} {index + 1} of {part.count}, which needs "
-        f"{_amount(part.cpus, part.gpus, part.memory_gb)}{alone if part.apart == 'strict_spread' else ''}. "
+        f"{amount(part.cpus, part.gpus, part.memory_gb)}{alone if part.apart == 'strict_spread' else ''}. "
         f"The plan: {wanted}; in all {total}. "
         f"The cluster has {there}. "
         f"Ask for less (cluster.*_cpus, cluster.*_gpus, rollout.actors, learner.ranks, and cpus, gpus and replicas of "
@@ -151,7 +151,8 @@ def _missing(part: Part, index: int, parts: Sequence[Part], nodes: Sequence[Node
     )
 
 
-def _amount(cpus: float, gpus: float, memory_gb: float) -> str:
+def amount(cpus: float, gpus: float, memory_gb: float) -> str:
+    """In words."""
     words = [f"{cpus:g} CPU"]
     words += [f"{gpus:g} GPU"] if gpus else []
     words += [f"{memory_gb:.3g} GB"] if memory_gb else []

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.plan import Part
+from cluster.plan import Part, amount
 from cluster.pulse import Pulse
 from cluster.reservation import Reservation
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
 from reward_server.worker import ScoringOutage, ScoringRefused
-from services.errors import Deadline, UserError
+from services.errors import Deadline, PlanError, UserError
 from services.stream.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,10 @@ class Kept:
     on_up: Callable[[Any], None] = lambda _: None
     now: Running | None = None
     due: float = 0.0
+    lost: str = ""
+    """The name of the one that died last."""
+    no_room_since: float | None = None
+    """Since when the cluster has had no room to start it."""
 
 
 @dataclass
@@ -285,7 +289,7 @@ class Supervisor:
     def _lost(self, kept: Kept, error: Exception) -> None:
         part = kept.now
         assert part is not None
-        kept.now = None
+        kept.now, kept.lost = None, part.name
         more = kept.on_death(part)
         self.run_dir.event(f"{kept.kind}_died", actor=part.name, error=str(error), **more)
         try:
@@ -308,7 +312,9 @@ class Supervisor:
                 log.warning("the cluster has no room for %s now: the run goes on without", kept.part.name)
                 self.run_dir.event("part_missing", part=kept.part.name)
             kept.due = 0.0
+            kept.no_room_since = kept.no_room_since or now
             return
+        kept.no_room_since = None
         kept.now = kept.start()
         self.run_dir.event("part_started", actor=kept.now.name)
         kept.now.pulse.moved = now
@@ -318,6 +324,26 @@ class Supervisor:
         free = self.ray.available_resources()
         need = {"CPU": part.cpus, "GPU": part.gpus, "memory": part.memory_gb * 2**30}
         return all(free.get(name, 0.0) + 1e-9 >= amount for name, amount in need.items())
+
+    def check_room(self, kind: str, seconds: float) -> None:
+        """Asked by who waits for a part of a kind.
+
+        Raises:
+            PlanError: none is up, and there was no room for any of them for `seconds`.
+        """
+        kept = [each for each in self.kept if each.kind == kind]
+        since = [each.no_room_since for each in kept if each.now is None and each.no_room_since is not None]
+        if not kept or len(since) < len(kept) or time.monotonic() - max(since) < seconds:
+            return
+        part = kept[0].part
+        free = self.ray.available_resources()
+        there = amount(free.get("CPU", 0.0), free.get("GPU", 0.0), free.get("memory", 0.0) / 2**30)
+        lost = ", ".join(each.lost for each in kept if each.lost)
+        raise PlanError(
+            f"{lost} died and none of its kind is left: for {seconds:.0f} s (cluster.start_s) the cluster had no room "
+            f"for another, which needs {amount(part.cpus, part.gpus, part.memory_gb)}; free are {there}. "
+            "Go on with --resume auto when there are nodes"
+        )
 
     # Waiting
 

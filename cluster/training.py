@@ -337,6 +337,7 @@ class Training:
         self.supervisor.check()
         if not any(part.pulse.beats for part in self.supervisor.rollouts):
             self.progress.phase("waiting for a rollout actor: all are gone, or come up")
+            self.supervisor.check_room("rollout", self.config.cluster.start_s)
             return True  # how long that may take is the supervisor's to say, not the batch's
         return caught_up
 

@@ -18,6 +18,7 @@ from cluster.plan import Part
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir, read_jsonl
 from cluster.supervise import LearnerDied, PartFailed, Running, Supervisor
+from services.errors import PlanError
 from services.stream.errors import StreamLost
 
 
@@ -197,3 +198,25 @@ def test_the_evaluator_is_started_again_after_its_own_death_alone(
     assert crew.events().count("evaluator_died") == 1
     assert crew.supervisor.others == [healthy]  # `stop` ends it with the others
     assert not healthy.handle.dead
+
+
+def test_rollout_actors_without_room_are_waited_for_while_one_is_left_and_then_for_so_long(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=3)
+    crew.supervisor.start_rollouts(crew.part, crew.rollout)
+    crew.ray.free = {"CPU": 0.5}
+
+    def lose_one() -> None:
+        crew.lose_rollout()
+        crew.supervisor.check()
+        crew.supervisor.check()
+
+    lose_one()
+    crew.supervisor.check_room("rollout", 0.0)  # the other goes on
+    lose_one()
+    crew.supervisor.check_room("rollout", 60.0)
+    with pytest.raises(PlanError, match=r"rollout-0, rollout-1 died.* which needs 1 CPU; free are 0\.5 CPU"):
+        crew.supervisor.check_room("rollout", 0.0)
+    crew.ray.free = {"CPU": 1.0}
+    crew.supervisor.check()
+    crew.supervisor.check_room("rollout", 0.0)
+    assert crew.events().count("part_started") == 2

@@ -10,12 +10,14 @@ import pytest
 from rich.console import Console
 
 from cluster.history import History
+from cluster.plan import Part
 from cluster.recipe import resolve
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
-from cluster.supervise import Supervisor
+from cluster.supervise import Kept, Supervisor
 from cluster.training import Training
 from cluster.training_data import TrainingData
+from services.errors import PlanError
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
 from services.stream.errors import StreamUnavailable
@@ -34,7 +36,7 @@ def training_on(server: EmbeddedRedis, path: Path, ray: Any = None) -> Training:
     source = path / "prompts.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(4)), "utf-8")
     data = {"source": str(source), "validation_fraction": 0.0, "test_fraction": 0.0}
-    cluster = {"start_s": 0.5, "batch_s": 60.0}
+    cluster = {"start_s": 1.0, "batch_s": 60.0}
     config = resolve({"run": {"groups_per_step": 2}, "data": data, "policy": {"model": "m"}, "cluster": cluster}, "t")
     run, ledger = RunDir(path), Ledger(connect(server.url), "run", patience_s=0.2)
     supervisor = Supervisor(ray, "run", run, ledger, RestartBudget(3, 0.0), progress_s=600.0)
@@ -55,4 +57,17 @@ def test_a_redis_that_was_given_up_is_the_reason_that_is_said(server: EmbeddedRe
 
     training.supervisor.watch = given_up
     with pytest.raises(StreamUnavailable, match="died 4 times"):
+        training.run_to_the_end()
+
+
+@pytest.mark.timeout(120)
+def test_a_run_whose_rollout_actors_find_no_room_does_not_wait_for_ever(
+    server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray: Any = SimpleNamespace(available_resources=dict)
+    training = training_on(server, tmp_path, ray)
+    never: Any = None
+    training.supervisor.keep(Kept("rollout", Part("rollout", 1, 1.0), never), missing=True)
+    monkeypatch.setattr(training, "_begin", training.batches.reconcile)
+    with pytest.raises(PlanError, match=r"for 1 s \(cluster\.start_s\) the cluster had no room for another"):
         training.run_to_the_end()
