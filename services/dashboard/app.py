@@ -4,11 +4,13 @@ A run is named by its path below the directory that is shown, and looked up amon
 parameter is a path. Every answer follows from the index and the run's files.
 """
 
+import asyncio
 import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +35,7 @@ from services.dashboard.layout import (
 )
 from services.dashboard.queries import Filter, Sort
 from services.dashboard.sample_index import kinds_of
-from services.dashboard.tokens import map_rows, read_rows, token_view, tokenizer_of
+from services.dashboard.tokens import MOST_BYTES, map_rows, read_rows, token_view, tokenizer_of
 from services.dashboard.watch import MOST_WATCHERS, Watched
 from services.errors import UserError
 from services.vocabulary import STEP
@@ -45,6 +47,8 @@ LOOK_S = 2.0
 """How old the list of runs may be."""
 CACHED_BYTES = 32 * 2**20
 MOST_MAP_ROWS = 256
+MOST_GROUP = 256
+"""Samples of a group that are shown."""
 
 MOST_INT = 2**63 - 1
 """The largest integer that SQLite has."""
@@ -224,8 +228,7 @@ def create_app(runs: Runs, *, token: str, hosts: Sequence[str]) -> FastAPI:
         watched = runs.open(run)
         with watched.database() as database:
             places = queries.group_rows(database, group, step)
-        tokenizer = tokenizer_of(watched.run)
-        return _json({"samples": [token_view(row, tokenizer) for row in read_rows(watched.run, places)]})
+        return _json(group_of(watched.run, places))
 
     @app.get("/api/map")
     def one_map(  # pyright: ignore[reportUnusedFunction]
@@ -279,7 +282,7 @@ def create_app(runs: Runs, *, token: str, hosts: Sequence[str]) -> FastAPI:
 
     @app.get("/api/stream")
     async def stream(run: str, last_event_id: Annotated[str | None, Header()] = None) -> Response:  # pyright: ignore[reportUnusedFunction]
-        watched = runs.open(run)
+        watched = await asyncio.to_thread(runs.open, run)  # which looks through directories, and ends what is idle
         if watched.watchers >= MOST_WATCHERS:
             raise Refused(503, "too_many_watchers", f"{MOST_WATCHERS} pages watch this run already")
         return StreamingResponse(
@@ -377,6 +380,16 @@ def sample_row(watched: Watched, sample: str, step: int | None) -> dict[str, Any
     if not rows or rows[0].get("sample_id") != sample:
         raise Refused(404, "no_such_sample", "there is no such sample; the run may have been cut back since")
     return rows[0]
+
+
+def group_of(run: RunFiles, places: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    """The samples at (step, place, length) token by token, the first MOST_GROUP of them or MOST_BYTES; `more` are left
+    out."""
+    fitting = sum(size <= MOST_BYTES for size in accumulate(length for _, _, length in places))
+    shown = places[: min(MOST_GROUP, max(1, fitting))]
+    tokenizer = tokenizer_of(run)
+    samples = [token_view(row, tokenizer) for place in shown for row in read_rows(run, [place])]
+    return {"samples": samples, "more": len(places) - len(shown)}
 
 
 def failures_of(watched: Watched, found: list[dict[str, Any]]) -> dict[str, Any]:

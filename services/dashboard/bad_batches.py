@@ -1,10 +1,9 @@
 """Batches that the run did not train on: `RUN/bad_batches/step_N.jsonl`, line one says why, the others are samples."""
 
-from itertools import islice
 from typing import Any
 
 from services.dashboard.layout import RunFiles, parsed
-from services.dashboard.tokens import Tokenizer, token_view
+from services.dashboard.tokens import MOST_BYTES, Tokenizer, token_view
 
 MOST = 200
 """Of batches that are listed, and of samples that are shown of one."""
@@ -26,13 +25,19 @@ def bad_batches(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def bad_batch(run: RunFiles, step: int, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Why it was not trained on, and its first MOST samples token by token; None where none of that step was kept."""
+    """Why it was not trained on, and its first samples token by token, MOST of them or MOST_BYTES; None where none of
+    that step was kept."""
+    samples: list[dict[str, Any]] = []
+    read = more = 0
     try:
         with (run.path / "bad_batches" / f"step_{step:06d}.jsonl").open("rb") as lines:
             head = parsed(lines.readline()) or {}
-            rows = [row for line in islice(lines, MOST) if (row := parsed(line)) is not None]
-            more = sum(1 for _ in lines)
+            for line in lines:
+                read += len(line)
+                if len(samples) == MOST or (samples and read > MOST_BYTES):
+                    more += 1
+                elif (row := parsed(line)) is not None:
+                    samples.append(token_view({**row, "step": step}, tokenizer))
     except OSError:  # none of that step; or a number that makes no name
         return None
-    samples = [token_view({**row, "step": step}, tokenizer) for row in rows]
     return {"step": step, "why": head.get("why"), "samples": samples, "more": more}

@@ -22,7 +22,8 @@ _ORDER = {"reward": "reward", "advantage": "advantage", "kl": "kl", "tokens": "t
 @dataclass(frozen=True)
 class Filter:
     """Which samples. `source` with `low` and `high`: its value in [low, high); "" is the combined reward. `failed`
-    names the source that failed on it. `text` are words, "phrases", the last word as a beginning."""
+    names the source that failed on it, `code` with what: one score, where both are given, as `failures` counts them.
+    `text` are words, "phrases", the last word as a beginning."""
 
     text: str = ""
     step_from: int | None = None
@@ -40,6 +41,7 @@ class Filter:
 
 def search_text(text: str) -> str:
     """The full-text question of what was typed: nothing in it is taken for a sign of the question's own language."""
+    text = text.replace("\0", " ")  # it would end the question in the middle of a phrase
     parts = [(phrase or word) for phrase, word in re.findall(r'"([^"]*)"|([^\s"]+)', text)]
     quoted = [f'"{part}"' for part in parts if any(sign.isalnum() for sign in part)]
     if not quoted:
@@ -74,13 +76,12 @@ def _where(database: sqlite3.Connection, wanted: Filter) -> tuple[str, dict[str,
         also("finish = :finish", finish=wanted.finish)
     if wanted.flag:
         also("id in (select sample from flag where flag = :flag)", flag=wanted.flag)
-    if wanted.failed is not None:
-        also(
-            "id in (select sample from score where source = :failed and code is not null)",
-            failed=source_number(database, wanted.failed),
-        )
-    if wanted.code:
-        also("id in (select sample from score where code = :code)", code=wanted.code)
+    if wanted.failed is not None or wanted.code:
+        score = "code = :code" if wanted.code else "code is not null"
+        if wanted.failed is not None:
+            score += " and source = :failed"
+            values["failed"] = source_number(database, wanted.failed)
+        also(f"id in (select sample from score where {score})", code=wanted.code)  # noqa: S608 - our terms
     if wanted.group:
         also("group_id = :group", group=wanted.group)
     if wanted.has_map:
@@ -143,7 +144,7 @@ def described(database: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> list
 def group_rows(database: sqlite3.Connection, group: str, step: int) -> list[tuple[int, int, int]]:
     """(step, place, length) of a group's samples in their shard."""
     return database.execute(
-        "select step, place, length from sample where group_id = ? and step = ? order by id limit 256", (group, step)
+        "select step, place, length from sample where group_id = ? and step = ? order by id", (group, step)
     ).fetchall()
 
 
@@ -178,14 +179,16 @@ def histogram(
     if low == high:
         return {**found, "edges": [low, high], "counts": [count]}
     width = (high - low) / bins
-    counts = [0] * bins
-    for place, many in database.execute(
-        "select cast((value - :low) / :width as integer) as place, count(*) from score "  # noqa: S608 - our terms
-        f"where {where} and value is not null group by place",
-        {**values, "low": low, "width": width},
-    ):
-        counts[min(bins - 1, place)] += many
-    return {**found, "edges": [low + width * i for i in range(bins)] + [high], "counts": counts}
+    edges = [low, *(min(high, low + width * i) for i in range(1, bins)), high]
+    # Counted between the edges that are sent, as a bar's link selects: a place computed from the value may be another.
+    counts = [
+        database.execute(
+            f"select count(*) from score where {where} and value >= :begin and value < :end",  # noqa: S608 - our terms
+            {**values, "begin": begin, "end": end},
+        ).fetchone()[0]
+        for begin, end in zip(edges[:-1], [*edges[1:-1], math.inf], strict=True)
+    ]
+    return {**found, "edges": edges, "counts": counts}
 
 
 def _numbers_of_steps(database: sqlite3.Connection, low: int | None, high: int | None) -> tuple[int, int]:

@@ -283,7 +283,7 @@ def _sample(run: RunFiles, row: Mapping[str, Any], view: Mapping[str, Any], why:
     scores: list[tuple[str, Any]] = [("reward", view["reward"]), *by_source.items()]
     cells = [[text(name), _score(score)] for name, score in scores if score]
     figures = f"advantage {_value(view['advantage'])}, KL {_value(view['kl_reference'])}"
-    facts = f"step {view['step']}, {text(view['finish_reason'])}, {figures}"
+    facts = f"step {text(view['step'])}, {text(view['finish_reason'])}, {figures}"
     return (
         f"<article><h3>{text(why)}</h3><p class=quiet>{text(view['sample_id'])}: {facts}</p>"
         f"<p class=tokens>{prompt}</p><p class=tokens>{response}</p>{table(['source', 'value'], cells)}</article>"
@@ -292,7 +292,7 @@ def _sample(run: RunFiles, row: Mapping[str, Any], view: Mapping[str, Any], why:
 
 def _score(score: Mapping[str, Any]) -> Html:
     if score.get("status") == "ok":
-        return number(score["value"])
+        return _value(score.get("value"))
     error: dict[str, Any] = score.get("error") or {}
     return f"<span class=bad>{text(error.get('code'))}: {text(error.get('message'))}</span>"
 

@@ -14,6 +14,9 @@ import yaml
 from services.dashboard.layout import RunFiles, parsed
 
 SPREAD = "\N{REPLACEMENT CHARACTER}"
+MOST_BYTES = 32 * 2**20
+"""Of samples in their files that one answer shows, but for a single one that is larger: what is made of them in memory
+is several times that, for everyone who asks at a time."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -38,7 +41,10 @@ def tokenizer_of(run: RunFiles) -> Tokenizer:
     for place in places:
         file = place / "tokenizer.json"
         if file.is_file():
-            return _loaded(file, file.stat().st_mtime_ns)
+            try:
+                return _loaded(file, file.stat().st_mtime_ns)
+            except Exception as error:  # the library raises no narrower one for a file that it cannot read
+                return Tokenizer(None, None, f"{file} cannot be read: {error}")
     return Tokenizer(None, None, "no tokenizer.json in policy/, checkpoints/ or where policy.model points")
 
 

@@ -1,8 +1,10 @@
 """A run directory written as the driver writes it, by the driver's own `RunDir`, with everything that a page shows."""
 
+import json
 import math
 import random
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,14 @@ class Scene:
             neg_entropy_sum=tuple(sum(row[j] * math.log(row[j]) for j in content) for row in rows),
             peak=tuple(max(row[j] for j in content) for row in rows), map=tuple(rows) if keep else None,
         )  # fmt: skip
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def recipe(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ from services.dashboard.queries import Filter, search_text
 from services.dashboard.tail import Place, read_news
 from services.dashboard.tokens import map_rows, pieces_of, read_rows
 from services.errors import UserError
-from tests.dashboard.scene import SAMPLES, Scene
+from tests.dashboard.scene import SAMPLES, Scene, rows_of, write_rows
 
 
 @pytest.fixture
@@ -214,6 +215,41 @@ def test_a_histograms_counts_are_those_of_its_samples(scene: Scene, opened: Open
         assert queries.histogram(database, "nobody", 7, None, None)["count"] == 0
 
 
+SPREAD = [random.Random(5).gauss(0, 1) for _ in range(500)]
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        list(range(19)),
+        SPREAD,
+        [0.1 * number for number in range(100)],
+        [1e16 + 2 * number for number in range(9)],
+        [5e-324 * number for number in range(11)],
+        [-1.7e308, -1.0, 0.1, 1.7e308],
+    ],
+    ids=["whole", "spread", "tenths", "large", "least", "widest"],
+)
+def test_a_bar_counts_what_its_link_selects(scene: Scene, opened: Opened, scores: list[float]) -> None:
+    scene.step()
+    shard = scene.run.samples / "step_000000.jsonl"
+    row = rows_of(shard)[0]
+    given = [{"status": "ok", "value": float(score)} for score in scores]
+    write_rows(shard, ({**row, "sample_id": f"{n}", "reward": score, "scores": {"judge": score}}
+                       for n, score in enumerate(given)))  # fmt: skip
+    index = opened()
+    follow(index)
+    with closing(index_reader(index)) as database:
+        for source in ("", "judge"):
+            for bins in (1, 14, 40):
+                drawn = queries.histogram(database, source, bins, None, None)
+                assert sum(drawn["counts"]) == len(scores)
+                ends = [*drawn["edges"][1:-1], None]
+                for low, high, count in zip(drawn["edges"], ends, drawn["counts"], strict=False):
+                    wanted = Filter(source=source, low=low, high=high)
+                    assert queries.page(database, wanted, "newest", 0, 1)["total"] == count
+
+
 def test_curves_keep_their_extremes_at_any_width(scene: Scene, opened: Opened) -> None:
     with scene.run.metrics.open("a") as file:
         for step in range(3000):
@@ -248,6 +284,25 @@ def test_failures_have_their_reasons(scene: Scene, opened: Opened) -> None:
     assert (failure["source"], failure["code"], failure["count"]) == ("judge", "judge_unclear", 1)
     assert verdicts["count"] == SAMPLES - 1
     assert verdicts["consistent"] == pytest.approx(2 / 3)
+
+
+def test_a_count_of_failures_is_that_of_the_samples_which_failed_so(scene: Scene, opened: Opened) -> None:
+    scene.step()
+    shard = scene.run.samples / "step_000000.jsonl"
+    codes = [("x", "y"), ("y", "x"), ("y", "y"), ("y", None)]
+    failed = {code: {"status": "failed", "error": {"kind": "data", "code": code, "message": ""}} for code in "xy"}
+    whole = {"status": "ok", "value": 1.0}
+    write_rows(shard, ({**row, "scores": {"a": failed.get(a, whole), "b": failed.get(b, whole)}}
+                       for row, (a, b) in zip(rows_of(shard), codes, strict=True)))  # fmt: skip
+    index = opened()
+    follow(index)
+    with closing(index_reader(index)) as database:
+        counted = {(one["source"], one["code"]): one["count"] for one in queries.failures(database)}
+    assert counted == {("a", "x"): 1, ("a", "y"): 3, ("b", "x"): 1, ("b", "y"): 2}
+    for (source, code), count in counted.items():
+        assert len(found(index, Filter(failed=source, code=code))) == count
+    assert len(found(index, Filter(failed="b"))) == 3
+    assert len(found(index, Filter(code="x"))) == 2
 
 
 def test_a_map_is_read_in_parts_and_only_from_among_the_runs_maps(scene: Scene) -> None:
@@ -321,3 +376,4 @@ def test_what_is_typed_is_no_language() -> None:
     assert search_text("one tw") == '"one" "tw"*'
     assert search_text('"one two"') == '"one two"'
     assert search_text("NEAR(a) *") == '"NEAR(a)"*'
+    assert search_text('one\0two "th\0ree"') == '"one" "two" "th ree"'

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import expect
 
 from tests.dashboard.conftest import STEPS, Server, start_server, stop_server
-from tests.dashboard.scene import SAMPLES, Scene
+from tests.dashboard.scene import SAMPLES, Scene, rows_of, write_rows
 
 LIGHT = "{resultTypes: ['violations'], runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']}"
 DARK = "{resultTypes: ['violations'], runOnly: ['color-contrast']}"
@@ -261,6 +262,85 @@ def test_keys_a_zoom_and_a_table_in_place_of_a_curve(page: Any, server: Server) 
     expect(page.get_by_role("heading", name="Verdicts")).to_be_visible()
     page.keyboard.press("/")
     expect(page.get_by_role("searchbox")).to_be_focused()
+
+
+PRESS = "keys => keys.forEach(key => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})))"
+"""One after the other at once: the page waits 1.5 s for a second key, which a busy machine may take to press it."""
+
+
+def test_each_letter_of_the_manual_opens_its_view(page: Any, server: Server) -> None:
+    manual = Path("docs/dashboard.md").read_text(encoding="utf-8")
+    row = re.search(r"\| `g` then (.+) \| (.+) \|", manual)
+    assert row, "the table of keys"
+    letters, views = re.findall("`(.)`", row[1]), row[2].split(", ")
+    go(page, server, "sample?sample=0%3A00000000%3A0&step=0")
+    tabs = page.get_by_role("navigation", name="Views").get_by_role("link")
+    expect(tabs).to_have_text(views)
+    for letter, view in zip(letters, views, strict=True):
+        page.evaluate(PRESS, ["g", letter])
+        expect(page.locator("nav [aria-current=page]")).to_have_text(view)
+
+
+def test_a_curve_that_never_changes_is_drawn(page: Any, server: Server) -> None:
+    go(page, server, "flow")
+    assert points(page, "groups waiting") == (STEPS, STEPS - 1)
+    expect(plot_of(page, "groups waiting").locator("canvas")).to_be_visible()
+    page.evaluate("() => new Promise(requestAnimationFrame)")  # after what drawing it may throw
+
+
+def test_a_connection_that_is_back_is_no_longer_called_lost(page: Any, tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "live")
+    scene.step()
+    live = start_server(tmp_path / "live", tmp_path / "cache")
+    try:
+        page.route("**/api/stream*", lambda route: route.abort())
+        page.goto(live.url)
+        how = page.locator("#how")
+        expect(how).to_contain_text("connection lost")
+        scene.run.metrics.rename(tmp_path / "metrics.jsonl")
+        scene.run.metrics.mkdir()
+        run = {"params": {"run": "live"}, "headers": live.headers}
+        while httpx.get(f"{live.origin}/api/run", **run).json()["problem"] is None:
+            page.wait_for_timeout(100)
+        page.unroute("**/api/stream*")
+        expect(how).to_contain_text("IsADirectoryError")
+        expect(how).not_to_contain_text("connection lost")
+        expect(how).to_contain_text("1 steps")
+    finally:
+        stop_server(live)
+        scene.run.unlock()
+
+
+def test_a_group_that_is_too_much_for_one_page_says_what_it_leaves_out(page: Any, tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "live")
+    scene.step()
+    shard = scene.run.samples / "step_000000.jsonl"
+    write_rows(shard, ({**row, "long": "x" * 10 * 2**20} for row in rows_of(shard)))
+    live = start_server(tmp_path / "live", tmp_path / "cache")
+    try:
+        page.goto(live.url)
+        expect(plot_of(page, "reward/mean")).to_have_attribute("data-last", "0")
+        go(page, live, "group?group=0%3A00000000&step=0", run="live")
+        expect(page.get_by_role("article")).to_have_count(SAMPLES - 1)
+        expect(page.locator("#main")).to_contain_text("1 more samples are too much for one page")
+        expect(page.get_by_text("highest", exact=True)).to_have_count(0)
+        page.get_by_role("link", name="all of the group").click()
+        expect(page.get_by_role("status")).to_contain_text(f"{SAMPLES} samples")
+    finally:
+        stop_server(live)
+        scene.run.unlock()
+
+
+def test_a_group_of_long_responses_has_one_scale(page: Any, server: Server) -> None:
+    go(page, server, "overview")
+    lowest, highest, signed, shades = page.evaluate("""async () => {
+        const { rangeOf, strengths } = await import("/page/tokens.js");
+        const columns = [...Array(16).keys()].map((k) => [...Array(16384).keys()].map((t) => (t ? k - t % 8 : null)));
+        const { low, high } = rangeOf("mass", columns), signed = rangeOf("kl", columns);
+        return [low, high, [signed.low, signed.high], strengths("mass", columns[0], { low, high }).slice(0, 9)];
+    }""")
+    assert (lowest, highest, signed) == (-7, 15, [-15, 15])
+    assert shades == [None, *(pytest.approx((7 - t % 8) / 22) for t in range(1, 9))]
 
 
 def test_a_narrow_screen_scrolls_in_one_direction_only(browser: Any, server: Server) -> None:

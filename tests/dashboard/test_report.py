@@ -9,7 +9,7 @@ import pytest
 from services.dashboard.report import write_report
 from services.dashboard.svg import bars_svg, curve_svg
 from services.errors import UserError
-from tests.dashboard.scene import HOSTILE, SAMPLES, Scene
+from tests.dashboard.scene import HOSTILE, SAMPLES, Scene, rows_of, write_rows
 
 
 class Elements(HTMLParser):
@@ -63,6 +63,19 @@ def test_it_has_the_curves_the_tables_and_pictures_of_samples(page: str) -> None
 def test_markup_of_the_run_is_text_in_it(page: str) -> None:
     assert HOSTILE in Elements(page).said
     assert "<script" not in page
+
+
+def test_markup_where_a_number_belongs_is_text_too(tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "run")
+    scene.step()
+    shard = scene.run.samples / "step_000000.jsonl"
+    reward = {"status": "ok", "value": HOSTILE}
+    write_rows(shard, ({**row, "step": HOSTILE, "reward": reward, "advantage": HOSTILE} for row in rows_of(shard)))
+    out = tmp_path / "report.html"
+    write_report(scene.run.path, out)
+    written = out.read_text(encoding="utf-8")
+    assert f"step {HOSTILE}, " in Elements(written).said
+    assert "<script" not in written
 
 
 def test_a_run_without_steps_and_one_that_goes_on_have_a_report_too(tmp_path: Path) -> None:

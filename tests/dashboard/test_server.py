@@ -1,26 +1,54 @@
 """Who may read, what a browser is told, and the stream of events, over a real socket."""
 
+import asyncio
 import json
 import stat
+import threading
 import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 
-from services.dashboard.app import Runs
+from services.dashboard.app import Runs, create_app
 from services.dashboard.cache import place_of, sweep
 from services.dashboard.layout import RunFiles
 from services.dashboard.serve import is_loopback, serve
 from services.dashboard.watch import BACKLOG, KEPT, Message, Watched, Watcher
 from services.errors import UserError
 from tests.dashboard.conftest import Server, start_server, stop_server
-from tests.dashboard.scene import Scene
+from tests.dashboard.scene import SAMPLES, Scene, rows_of, write_rows
 
 
 def ask(server: Server, path: str, **more: Any) -> httpx.Response:
     return httpx.get(server.origin + path, headers={**server.headers, **more.pop("headers", {})}, timeout=30, **more)
+
+
+TOKEN = "t" * 16
+
+
+@contextmanager
+def within(scene: Scene, cache: Path) -> Generator[Callable[..., Any]]:
+    """What the app answers about one run (path, **parameters), in this process; its index is up to date."""
+    runs = Runs(scene.run.path, cache)
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    client = TestClient(create_app(runs, token=TOKEN, hosts=["testserver"]), headers=headers)
+
+    def answer(path: str, **more: Any) -> Any:
+        return client.get(f"/api/{path}", params={"run": scene.run.path.name, **more}).json()
+
+    try:
+        deadline = time.monotonic() + 30
+        while not answer("run")["progress"].get("done") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield answer
+    finally:
+        runs.close()
 
 
 @pytest.mark.parametrize("token", [None, "wrong", "x" * 4000, "ä"])
@@ -92,6 +120,63 @@ def test_numbers_that_nothing_holds_are_refused_by_name(server: Server, path: st
         assert answer.status_code == 422
         assert field in answer.text
     assert ask(server, f"/api/{path}{2**63 - 1}&run=done").status_code in (200, 404)
+
+
+STRANGE = ("a\0b", b"\xed\xa0\xbda", '"' * 500, '"a' * 250, "a " * 250, "*", "NEAR(", "½ ٣")
+"""What a text parameter may hold: the second is half a sign."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"samples?{field}=" for field in ("text", "group", "flag", "code", "finish", "failed", "low=0&source")),
+        "curves?name=",
+        "events?level=",
+        "group?step=0&group=",
+        "histogram?source=",
+        "map?sample=",
+        "sample?sample=",
+        "verdicts?source=",
+    ],
+)
+def test_any_text_can_be_asked_for(server: Server, path: str) -> None:
+    for text in STRANGE:
+        answer = ask(server, f"/api/{path}{quote(text)}&run=done")
+        assert answer.status_code in (200, 404), (text, answer.text)
+    if path == "samples?text=":
+        assert ask(server, f"/api/{path}France%00Par&run=done").json()["total"] > 0, "a space, to the search"
+
+
+def test_a_tokenizer_that_cannot_be_read_leaves_ids_and_says_why(tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "live")
+    scene.step()
+    scene.run.policy.mkdir()
+    (scene.run.policy / "tokenizer.json").write_text("{")
+    with within(scene, tmp_path / "cache") as answer:
+        summary = answer("run")
+        assert "policy/tokenizer.json cannot be read: " in summary["tokenizer"]
+        sample = answer("sample", sample="0:00000000:0")
+        assert sample["pieces"] is None
+        assert sample["no_tokenizer"] == summary["tokenizer"]
+        assert len(sample["response_ids"]) > 0
+
+
+@pytest.mark.parametrize(("sizes", "shown"), [((0, 0, 0, 0), 4), ((10, 10, 10, 10), 3), ((33, 0, 0, 0), 1)])
+def test_as_many_long_samples_are_shown_as_memory_allows_and_the_others_are_counted(
+    tmp_path: Path, sizes: tuple[int, ...], shown: int
+) -> None:
+    scene = Scene(tmp_path / "live")
+    scene.step()
+    scene.run.write_bad_batch(0, [scene.group(0, None, None)], "no variance")
+    kept, bad = scene.run.samples / "step_000000.jsonl", scene.run.path / "bad_batches" / "step_000000.jsonl"
+    for file, heads in ((kept, 0), (bad, 1)):
+        rows = rows_of(file)
+        long = [{**row, "long": "x" * size * 2**20} for row, size in zip(rows[heads:], sizes, strict=True)]
+        write_rows(file, [*rows[:heads], *long])
+    with within(scene, tmp_path / "cache") as answer:
+        for found in (answer("group", group="0:00000000", step=0), answer("bad_batch", step=0)):
+            assert [sample["sample_id"][-1] for sample in found["samples"]] == list("0123"[:shown])
+            assert found["more"] == SAMPLES - shown
 
 
 def test_a_batch_that_was_not_trained_on_is_shown_and_a_large_one_says_how_much_more_it_has(
@@ -169,13 +254,30 @@ def test_a_page_that_lost_its_connection_goes_on_where_it_was(tmp_path: Path) ->
 
 @pytest.mark.anyio
 async def test_a_slow_page_is_told_to_load_anew_and_nothing_piles_up() -> None:
-    import asyncio
-
     watcher = Watcher(asyncio.get_running_loop())
     for number in range(10 * BACKLOG):
         watcher.put(Message(number, "steps", b"{}"))
     assert watcher.queue.qsize() == 1
     assert watcher.queue.get_nowait() is None
+
+
+@pytest.mark.anyio
+async def test_a_run_that_is_slow_to_open_holds_up_no_stream(finished: Path) -> None:
+    begun, going_on = threading.Event(), threading.Event()
+
+    class Slow(Runs):
+        def open(self, name: str) -> Watched:
+            begun.set()
+            assert going_on.wait(10), "the loop of all streams stood still"
+            return super().open(name)
+
+    app = create_app(Slow(finished), token=TOKEN, hosts=["testserver"])
+    transport, headers = httpx.ASGITransport(app), {"authorization": f"Bearer {TOKEN}"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver", headers=headers) as client:
+        asked = asyncio.create_task(client.get("/api/stream?run=none"))
+        assert await asyncio.to_thread(begun.wait, 10)
+        going_on.set()
+        assert (await asked).status_code == 404
 
 
 def test_what_is_kept_for_a_resume_is_bounded(finished: Path, tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ export class Board {
 /** Of the y axis: a little air, and what never changes in the middle. */
 function span(_plot, low, high) {
   if (low === null || low === undefined) return [0, 1];
-  if (low === high) return low === 0 ? [0, 1] : [low - Math.abs(low) / 2, low + Math.abs(low) / 2];
+  // Smoothing rounds: where a few last digits are all that differs, no number stands between them for an axis to name.
+  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) return low === 0 ? [0, 1] : [low - Math.abs(low) / 2, low + Math.abs(low) / 2];
   const air = 0.06 * (high - low);
   return [low >= 0 && low - air < 0 ? 0 : low - air, high + air];
 }

@@ -6,9 +6,9 @@ import { ago, number } from "./format.js";
 import { learn } from "./names.js";
 import { follow } from "./stream.js";
 
-const VIEWS = [
-  ["overview", "Overview"], ["rewards", "Rewards"], ["flow", "Queues"], ["samples", "Samples"],
-  ["verdicts", "Verdicts"], ["failures", "Failures"], ["compare", "Compare"],
+const VIEWS = [ // name, title, key after g
+  ["overview", "Overview", "o"], ["rewards", "Rewards", "r"], ["flow", "Queues", "q"], ["samples", "Samples", "s"],
+  ["verdicts", "Verdicts", "v"], ["failures", "Failures", "f"], ["compare", "Compare", "c"],
 ];
 const STATES = {
   running: "running", silent: "gives no sign", finished: "finished", stopped: "stopped", failed: "failed", unknown: "state unknown",
@@ -72,6 +72,7 @@ function leave() { open?.leave?.(); open = null; }
 async function told(kind, data) {
   if (!open) return;
   const { summary } = open;
+  if (kind === "lost") summary.lost = data.message; else if (kind !== "progress") summary.lost = null;
   if (kind === "status") { if (data) summary.status = { ...data, seen: performance.now() }; }
   else if (kind === "steps") {
     summary.steps = data.steps;
@@ -84,15 +85,15 @@ async function told(kind, data) {
       if (event === "ended") summary.state = "failed";
     }
   } else if (kind === "progress") summary.progress = data;
-  else if (kind === "hello") { summary.problem = data.problem; if (data.steps === summary.steps) return; kind = "reset"; summary.steps = data.steps; }
+  else if (kind === "hello") { summary.problem = data.problem; if (data.steps !== summary.steps) { kind = "reset"; summary.steps = data.steps; } }
+  state(); // before anything is asked, which may fail
   if (kind === "reset" || kind === "cut" || (kind === "progress" && data.done && !summary.metrics.length)) {
     const name = open.name;
     const fresh = await get("run", { run: name }).catch(() => null);
     if (!fresh || open?.name !== name) return;
     Object.assign(summary, fresh);
+    state();
   }
-  if (kind === "lost") summary.lost = data.message; else if (kind !== "progress") summary.lost = null;
-  state();
   view?.told?.(kind, data);
 }
 
@@ -178,9 +179,8 @@ addEventListener("keydown", (event) => {
   else if (event.key === "g") before = performance.now();
   else if (performance.now() - before < 1500 && open) {
     before = 0;
-    const found = VIEWS.find(([name]) => name[0] === event.key);
+    const found = VIEWS.find(([, , key]) => key === event.key);
     if (found) location.hash = link(open.name, found[0]);
-    else if (event.key === "q") location.hash = link(open.name, "flow");
   }
 });
 

@@ -4,7 +4,7 @@
 import { get, getMap } from "./api.js";
 import { fill, h, table } from "./dom.js";
 import { clock, number } from "./format.js";
-import { MEASURES, chooser, legend, pieces, promptPieces, shownPiece, spoken, strengths, tint } from "./tokens.js";
+import { MEASURES, chooser, extent, legend, pieces, promptPieces, rangeOf, shownPiece, spoken, strengths, tint } from "./tokens.js";
 import { value } from "./view-samples.js";
 
 const BLOCK = 256;
@@ -67,10 +67,10 @@ class TokenView {
   }
 
   colour(measure) {
-    const { strength, low, high } = strengths(measure, this.sample.measures[measure]);
-    this.strength = strength;
+    const values = this.sample.measures[measure], range = rangeOf(measure, [values]);
+    this.strength = strengths(measure, values, range);
     this.restore();
-    return { low, high };
+    return range;
   }
 
   restore() { this.response.forEach((token, t) => { tint(token, this.strength?.[t]); }); }
@@ -96,7 +96,7 @@ class TokenView {
     if (this.closed || this.now !== t || !row) return;
     // Over the content: the template's tokens take most of it, whatever the response says, and stay faint.
     const inside = this.sample.content.length ? this.sample.content : [...row.keys()];
-    const most = Math.max(...inside.map((j) => row[j] ?? 0));
+    const most = extent([inside.map((j) => row[j] ?? 0)]).high;
     this.prompt.forEach((token, j) => tint(token, most ? Math.min(1, row[j] / most) * (token.classList.contains("outside") ? 0.3 : 1) : 0));
     const order = [...row.keys()].sort((a, b) => row[b] - row[a]).slice(0, 3);
     this.say(t, order.map((j) => `${spoken(promptPieces(this.sample)[j], this.sample.prompt_ids[j])} ${number(row[j])}`).join(", "));
@@ -126,7 +126,7 @@ class TokenView {
   async lookedAtBy(at) {
     if (!this.sample.has_map || this.pinned !== null) return;
     const rows = await Promise.all(this.response.map((_, t) => this.row(t)));
-    const shares = rows.map((row) => row?.[at] ?? 0), most = Math.max(...shares);
+    const shares = rows.map((row) => row?.[at] ?? 0), most = extent([shares]).high;
     if (!this.closed && this.prompt[at].matches(":hover")) this.response.forEach((token, t) => tint(token, most ? shares[t] / most : 0));
   }
 }
