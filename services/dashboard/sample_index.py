@@ -67,6 +67,7 @@ class SampleWriter:
                         if row is None or not isinstance(row.get("sample_id"), str):
                             raise ValueError("no sample")
                         number = self._next
+                        marks = [(number, _name(flag)) for flag in row.get("flags") or ()]
                         read = (_sample_row(number, step, place, len(line), row), self._score_rows(number, row))
                     except (ValueError, TypeError, AttributeError, KeyError, IndexError):  # no row of ours
                         self.damaged += 1
@@ -75,7 +76,7 @@ class SampleWriter:
                     self._next += 1
                     samples.append(read[0])
                     scores += read[1]
-                    flags += [(number, str(flag)) for flag in row.get("flags") or ()]
+                    flags += marks
                     words.append((number, _text(row.get("prompt")), _text(row.get("response"))))
                     place += len(line)
                 status = os.fstat(file.fileno())
@@ -95,7 +96,7 @@ class SampleWriter:
         rows: list[tuple[Any, ...]] = [(number, REWARD, *_score(row.get("reward")), None)]
         scores: Any = row.get("scores") or {}
         for name, score in scores.items():
-            source = self._sources.get(name)
+            source = self._sources.get(_name(name))
             if source is None:
                 source = self._sources[name] = int(
                     self._database.execute("insert into source (name) values (?)", (name,)).lastrowid or 0
@@ -147,8 +148,8 @@ def _sample_row(number: int, step: int, place: int, length: int, row: Mapping[st
     return (
         number,
         step,
-        row["sample_id"],
-        str(row.get("group_id", "")),
+        _name(row["sample_id"]),
+        _name(row.get("group_id", "")),
         place,
         length,
         _text(row.get("finish_reason")) or None,
@@ -170,11 +171,18 @@ def _score(score: Any) -> tuple[float | None, str | None]:
     if score.get("status") == "ok":
         return _number(score.get("value")), None
     error: dict[str, Any] = score.get("error") or {}
-    return None, str(error.get("code", "failed"))
+    return None, _name(error.get("code", "failed"))
 
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _name(value: Any) -> str:
+    """Raises ValueError for half a sign: no name of ours has one, and SQLite does not take it."""
+    text = str(value)
+    text.encode()
+    return text
 
 
 def _text(value: Any) -> str:

@@ -8,6 +8,7 @@ connection goes on from `Last-Event-ID`. A page that cannot keep up, or comes ba
 
 import asyncio
 import logging
+import re
 import sqlite3
 import threading
 import time
@@ -192,7 +193,7 @@ class Watched:
         if not last_id:
             return []
         epoch, _, number = last_id.partition(".")
-        if epoch != self._epoch or not number.isdigit():
+        if epoch != self._epoch or not re.fullmatch("[0-9]{1,18}", number):
             return None
         after = int(number)
         first = self._kept[0].number if self._kept else self._number + 1

@@ -158,13 +158,18 @@ def test_lines_of_a_shard_that_are_no_samples_are_counted_and_the_rest_is_read(s
         '{"sample_id": 7}',
         '{"sample_id": "a", "scores": [1]}',
         '{"sample_id": "b", "policy_versions": [3]}',
+        '{"sample_id": "\\ud83d"}',
+        '{"sample_id": "c", "group_id": "\\ud83d"}',
+        '{"sample_id": "d", "flags": ["\\ud83d"]}',
+        '{"sample_id": "e", "scores": {"\\ud83d": {"status": "ok", "value": 1}}}',
+        '{"sample_id": "f", "reward": {"status": "failed", "error": {"code": "\\ud83d"}}}',
         '{"sample_id": "half", "response": "half \\ud83d sign", "advantage": NaN, '
         '"reward": {"status": "ok", "value": "x"}}',
     ]
     shard.write_text("".join(line + "\n" for line in [*strange, *whole]) + '{"sample_id": "torn"')
     index = opened()
     follow(index)
-    assert index.reached.damaged == 5
+    assert index.reached.damaged == 10
     rows = found(index)
     assert rows[0]["sample_id"] == "half"
     assert len(rows) == 1 + SAMPLES

@@ -288,6 +288,8 @@ def test_what_is_kept_for_a_resume_is_bounded(finished: Path, tmp_path: Path) ->
     assert len(watched._since(f"{watched._epoch}.{3 * KEPT - 5}") or ()) == 5
     assert watched._since(f"{watched._epoch}.1") is None
     assert watched._since(f"{watched._epoch}.{10 * KEPT}") is None
+    assert watched._since(f"{watched._epoch}.²") is None
+    assert watched._since(f"{watched._epoch}.{'9' * 5000}") is None
     watched.close()
 
 
