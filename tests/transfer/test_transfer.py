@@ -134,11 +134,11 @@ def test_a_supervisor_that_knows_of_a_death_ends_the_wait(party: Party) -> None:
 
 
 def test_who_does_not_come_is_named_and_the_others_are_served(party: Party) -> None:
-    one = sender([A, B], join_s=4.0)
+    one = sender([A, B], join_s=2 * SHORT_S)
     party(receive, one.offer, A)
     report = send_all(one, 2)
     assert report.received == (A,)
-    assert report.silent == {B: "it did not join within 4 s"}
+    assert report.silent == {B: "it did not join within 12 s"}
     nobody = sender([A], join_s=0.2)
     assert send_all(nobody, 2).silent == {A: "it did not join within 0 s"}
 
