@@ -98,9 +98,11 @@ def _meet(offer: Offer, name: str) -> tuple[Any, str]:
 
 
 def _start(store: Any, offer: Offer, name: str) -> Any:
-    key = await_any(store, ("stopped", "start"), offer.join_s)
+    # The sender begins up to `join_s` after it asks for receivers, which is after they were told where to come.
+    within = offer.join_s + offer.phase_s
+    key = await_any(store, ("stopped", "start"), within)
     if key is None:
-        raise Broken(f"{offer.name}: waited {offer.join_s:.0f} s for {offer.sender} to begin")
+        raise Broken(f"{offer.name}: waited {within:.0f} s for {offer.sender} to begin")
     if key == "stopped":
         raise Broken(f"{offer.name}: {offer.sender} ended it: {get(store, 'stopped')}")
     start = get(store, "start")
