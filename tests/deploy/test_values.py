@@ -25,6 +25,11 @@ WRONG = {
     "a password in clear": ("redis.password=hunter2", "at '/redis': additional properties 'password' not allowed"),
     "a password in the URL": ("redis.mode=external,redis.url=redis://a:b@c", "at '/redis/url': 'redis://a:b@c'"),
     "a token in clear": ("extraEnv[0].name=HF_TOKEN,extraEnv[0].value=hf_x", "at '/extraEnv/0': missing property"),
+    "a token in clear, in one word": (
+        "extraEnv[0].name=MYTOKEN,extraEnv[0].value=x",
+        "at '/extraEnv/0': missing property",
+    ),
+    "a secret with an end": ("extraEnv[0].name=SECRET_BASE,extraEnv[0].value=x", "at '/extraEnv/0': missing property"),
     "a password as override": ("overrides[0]=stream.password=x", "at '/overrides/0'"),
     "an override for the shell": ("overrides[0]=run.name=$(id)", "at '/overrides/0': 'run.name=$(id)' does not match"),
     "an external Redis without URL": ("redis.mode=external", "at '/redis/url': minLength"),

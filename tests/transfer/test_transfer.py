@@ -98,7 +98,7 @@ def test_a_receiver_that_dies_is_named_and_the_other_is_not_kept(party: Party) -
         died.append(time.monotonic())
 
     report = send_all(one, 8, before={3: kill})
-    assert time.monotonic() - died[0] < 2 * PHASE_S
+    assert time.monotonic() - died[0] < 2 * PHASE_S  # its answer is waited for, once
     assert report.received == ()
     assert list(report.silent) == [A]
     assert list(report.refused) == [B]
@@ -161,7 +161,7 @@ def test_a_sender_that_dies_is_named_within_the_deadline(party: Party) -> None:
 
     with pytest.raises(Broken, match=r"the transfer of version 1\.3: learner-0 is gone"):
         take()
-    assert time.monotonic() - died[0] < PHASE_S
+    assert time.monotonic() - died[0] < PHASE_S / 2  # by its end, not by the deadline
     assert taken[:4] == ["0.weight", "0.bias", "1.weight", "1.bias"]
     with pytest.raises(Broken, match=f"learner-0 is not at {offer.address}"), receiving(offer, A, CPU):
         pass
