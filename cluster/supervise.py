@@ -320,10 +320,13 @@ class Supervisor:
         kept.now.pulse.moved = now
 
     def _has_room(self, part: Part) -> bool:
-        """Whether what Ray has free holds one of the part: one that it cannot place would look like a stuck one."""
-        free = self.ray.available_resources()
+        """Whether a node has free what one of the part needs: one that Ray cannot place would look like a stuck one."""
         need = {"CPU": part.cpus, "GPU": part.gpus, "memory": part.memory_gb * 2**30}
-        return all(free.get(name, 0.0) + 1e-9 >= amount for name, amount in need.items())
+        return any(all(free.get(name, 0.0) + 1e-9 >= least for name, least in need.items()) for free in self._free())
+
+    def _free(self) -> list[dict[str, float]]:
+        """What each living node has free, by resource. Ray's public `available_resources` has the sum alone."""
+        return list(self.ray._private.state.available_resources_per_node().values())
 
     def check_room(self, kind: str, seconds: float) -> None:
         """Asked by who waits for a part of a kind.
@@ -336,12 +339,13 @@ class Supervisor:
         if not kept or len(since) < len(kept) or time.monotonic() - max(since) < seconds:
             return
         part = kept[0].part
-        free = self.ray.available_resources()
-        there = amount(free.get("CPU", 0.0), free.get("GPU", 0.0), free.get("memory", 0.0) / 2**30)
+        there = "; ".join(
+            amount(free.get("CPU", 0.0), free.get("GPU", 0.0), free.get("memory", 0.0) / 2**30) for free in self._free()
+        )
         lost = ", ".join(each.lost for each in kept if each.lost)
         raise PlanError(
             f"{lost} died and none of its kind is left: for {seconds:.0f} s (cluster.start_s) the cluster had no room "
-            f"for another, which needs {amount(part.cpus, part.gpus, part.memory_gb)}; free are {there}. "
+            f"for another, which needs {amount(part.cpus, part.gpus, part.memory_gb)} on one node; free are {there}. "
             "Go on with --resume auto when there are nodes"
         )
 

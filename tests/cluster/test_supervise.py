@@ -68,7 +68,9 @@ class Ray:
     exceptions = exceptions
 
     def __init__(self) -> None:
-        self.free = {"CPU": 4.0}
+        self.free = [{"CPU": 4.0}]
+        nodes = SimpleNamespace(available_resources_per_node=lambda: dict(enumerate(self.free)))
+        self._private = SimpleNamespace(state=nodes)
 
     def remote(self, cls: type) -> Any:
         del cls
@@ -90,9 +92,6 @@ class Ray:
         if asked.error is not None:
             raise asked.error
         return asked.answer
-
-    def available_resources(self) -> dict[str, float]:
-        return self.free
 
 
 class NoLedger:
@@ -203,7 +202,7 @@ def test_the_evaluator_is_started_again_after_its_own_death_alone(
 def test_rollout_actors_without_room_are_waited_for_while_one_is_left_and_then_for_so_long(tmp_path: Path) -> None:
     crew = Crew(tmp_path, restarts=3)
     crew.supervisor.start_rollouts(crew.part, crew.rollout)
-    crew.ray.free = {"CPU": 0.5}
+    crew.ray.free = [{"CPU": 0.5}, {"CPU": 0.75}]
 
     def lose_one() -> None:
         crew.lose_rollout()
@@ -214,9 +213,11 @@ def test_rollout_actors_without_room_are_waited_for_while_one_is_left_and_then_f
     crew.supervisor.check_room("rollout", 0.0)  # the other goes on
     lose_one()
     crew.supervisor.check_room("rollout", 60.0)
-    with pytest.raises(PlanError, match=r"rollout-0, rollout-1 died.* which needs 1 CPU; free are 0\.5 CPU"):
+    with pytest.raises(
+        PlanError, match=r"rollout-0, rollout-1 died.* which needs 1 CPU on one node; free are 0\.5 CPU; 0\.75 CPU"
+    ):
         crew.supervisor.check_room("rollout", 0.0)
-    crew.ray.free = {"CPU": 1.0}
+    crew.ray.free = [{"CPU": 0.5}, {"CPU": 1.0}]
     crew.supervisor.check()
     crew.supervisor.check_room("rollout", 0.0)
     assert crew.events().count("part_started") == 2

@@ -64,7 +64,8 @@ def test_a_redis_that_was_given_up_is_the_reason_that_is_said(server: EmbeddedRe
 def test_a_run_whose_rollout_actors_find_no_room_does_not_wait_for_ever(
     server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ray: Any = SimpleNamespace(available_resources=dict)
+    one_full = SimpleNamespace(available_resources_per_node=lambda: {"node": {}})
+    ray: Any = SimpleNamespace(_private=SimpleNamespace(state=one_full))
     training = training_on(server, tmp_path, ray)
     never: Any = None
     training.supervisor.keep(Kept("rollout", Part("rollout", 1, 1.0), never), missing=True)
