@@ -5,9 +5,6 @@
 The driver decides when; the parts do the work. It holds no state that a restart would miss: what is trained stands in
 the committed manifest, what is under way in the ledger. So a learner that lost a rank is started again inside the run:
 the run goes back to its last commit, under a new incarnation, by the very steps of a start with `--resume auto`.
-
-The order of a commit: every rank writes its part, the manifest and COMMITTED follow, then the ledger is told. A crash
-between any two of these leaves either the old commit or the new one as the truth.
 """
 
 import logging
@@ -22,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.batches import Batches
+from cluster.commits import commit, commit_failures
 from cluster.config import Config
 from cluster.distributions import failure_metrics, histograms
 from cluster.evaluator import NAME as EVALUATOR
@@ -29,7 +27,7 @@ from cluster.evaluator import Evaluator
 from cluster.flow import Flow
 from cluster.history import History, begin_incarnation, open_history
 from cluster.learners import start_learners
-from cluster.model_dirs import best_mark, partial_of, policy_mark, put_in_place, seal, settle_best, take_best
+from cluster.model_dirs import best_mark, partial_of, policy_mark, put_in_place, seal, settle_best
 from cluster.parts import RewardParts, start_rollouts, wait_for_rollouts
 from cluster.plan import Part
 from cluster.progress import RunProgress
@@ -43,18 +41,7 @@ from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Superviso
 from cluster.training_data import TrainingData
 from cluster.weight_rounds import WeightRounds
 from learner.bad_batch import BadBatch
-from learner.commit import (
-    NoSpace,
-    begin_checkpoint,
-    check_space,
-    clear_unfinished,
-    commit_checkpoint,
-    give_up_checkpoint,
-    is_full_disk,
-    needed_bytes,
-    prune_checkpoints,
-    replace_manifest,
-)
+from learner.commit import clear_unfinished
 from reward_server.placement import placed_models
 from services.records import PolicyVersion
 from services.stream.errors import StreamLost
@@ -66,10 +53,6 @@ log = logging.getLogger(__name__)
 
 KEEP_VERSIONS = 2
 """Published sets of weights that are kept: the newest, and the one that an actor may still be reading."""
-
-
-LEAST_BYTES = 12
-"""Of a checkpoint, a parameter: its float32 master and Adam's two moments."""
 
 
 @dataclass(frozen=True)
@@ -415,37 +398,12 @@ class Training:
     def _commit(self) -> None:
         began = time.monotonic()
         self.progress.phase("writing a checkpoint")
-        steps = self.history.steps_done
-        needed = needed_bytes(self.run.path, self.learners.parameters * LEAST_BYTES)
-        check_space(self.run.path, needed)
-        partial = begin_checkpoint(self.run.path, steps)
-        try:
-            self.open_step = steps  # nothing else may be asked of the learner while it writes
-            self.learners.call(
-                "save_checkpoint",
-                str(partial),
-                what=f"checkpoint step_{steps}",
-                seconds=self.config.checkpoint.timeout_s,
-            )
-            self.open_step = None
-            self.batches.note_failures()
-            commit_checkpoint(partial, self.history.manifest())
-        except (PartFailed, OSError) as error:
-            if isinstance(error.__cause__, NoSpace) or is_full_disk(error):
-                give_up_checkpoint(self.run.path, steps)
-                check_space(self.run.path, needed)  # says how much is missing
-            raise
-        uncommitted = range(self.history.committed_steps, steps)
-        self.history.committed_steps = steps  # from here on it is the truth, whatever becomes of the ledger
-        self.history.committed_failures = len(self.history.failed)
-        take_best(self.run, self.history)
-        self.batches.commit({step: self.history.steps[step] for step in uncommitted})
+        self.open_step = self.history.steps_done  # nothing else may be asked of the learner while it writes
+        commit(self.run, self.config.checkpoint, self.history, self.learners, self.batches)
+        self.open_step = None
         self.supervisor.budget.committed()
-        best = self.history.best.get("step") if self.config.checkpoint.keep_best else None
-        prune_checkpoints(self.run.path, self.config.checkpoint.keep, None if best is None else int(best) + 1)
         self.last_commit_s = time.monotonic() - began
         self._commit_s = {"time/commit_s": self.last_commit_s}
-        self.run.event("committed", step=steps)
 
     def _commit_in_grace(self) -> None:
         """After a signal: the unfinished step is left for the replay; finished ones are committed if there is time."""
@@ -484,15 +442,3 @@ class Training:
         self.status.beat(self.supervisor)
         self.supervisor.watch()  # first: a Redis that is down for good would be asked for `stream.patience_s`
         self.batches.look()
-
-
-def commit_failures(run: RunDir, history: History) -> None:
-    """What failed after the last commit goes into it: no step follows whose commit would hold it.
-
-    Where no step was ever trained there is no commit to hold it: events.jsonl alone names the groups.
-    """
-    if history.committed_steps == 0 or history.committed_failures == len(history.failed):
-        return
-    replace_manifest(run.checkpoints / f"step_{history.committed_steps}", history.manifest())
-    history.committed_failures = len(history.failed)
-    run.event("failures_committed", step=history.committed_steps, failed=len(history.failed))

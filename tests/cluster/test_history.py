@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from cluster.commits import commit_failures
 from cluster.config import Config
 from cluster.history import History, begin_incarnation, open_history
 from cluster.recipe import resolve, save_resolved
 from cluster.run_dir import RunDir, read_jsonl
-from cluster.training import commit_failures
 from learner.commit import begin_checkpoint, commit_checkpoint
 from services.errors import UserError
 from services.records import Failure

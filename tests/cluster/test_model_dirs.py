@@ -230,7 +230,7 @@ def test_a_best_that_was_committed_comes_to_its_place_after_a_kill(
     driver.step(value=0.5)
     driver.commit()
     driver.step(value=0.75)
-    monkeypatch.setattr("cluster.training.take_best", lambda *_: None)
+    monkeypatch.setattr("cluster.commits.take_best", lambda *_: None)
     driver.commit()
     if at == "in mid-swap":
         run.policy_best.rename(run.path / "policy-best.replaced")
