@@ -393,10 +393,12 @@ def run_command(arguments: list[str] | None = None) -> int:
         return _complain(error, 1)
     except Exception as error:
         from cluster.supervise import PartFailed
-        from learner.commit import NoSpace
+        from learner.commit import NoSpace, is_full_disk
 
         if isinstance(error, PartFailed | NoSpace):
             return _complain(error, 1)
+        if is_full_disk(error):
+            return _complain(f"the disk is full: {error}", 1)
         raise
     return 0
 

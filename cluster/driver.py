@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -15,7 +15,7 @@ from rich.console import Console
 from cluster.config import Config
 from cluster.feed import total_steps
 from cluster.history import History, begin_incarnation, open_history
-from cluster.janitor import with_janitor
+from cluster.janitor import began_at, with_janitor
 from cluster.model_dirs import is_marked, policy_mark
 from cluster.plan import fitting, machines_of_ray, nodes_of_ray
 from cluster.ray_job import MARGIN_S, check_run_dir, is_job, short_grace, stop_wait_s
@@ -25,6 +25,8 @@ from cluster.recipe import save_resolved
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
 from cluster.signals import stop_request
+from cluster.status import StatusFile
+from cluster.summary import said_finished, say_end
 from cluster.supervise import Supervisor
 from cluster.training import Outcome, Training
 from cluster.training_data import load_training_data
@@ -32,7 +34,7 @@ from rollout.worker import check_engine
 from services.errors import UserError
 from services.stream.embedded import EmbeddedRedis
 from services.stream.keeper import KeptRedis
-from services.stream.ledger import open_ledger
+from services.stream.ledger import STATES, open_ledger
 from services.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -58,13 +60,18 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
         check_engine(config.rollout, config.policy)
         data = load_training_data(config, run)
         if is_finished(config, run, history, len(data.splits.train)):
+            say_finished(config, run, history)
             return Outcome(None, history.steps_done, history.committed_steps, 0.0)
         with ExitStack() as stack:
             stop = stack.enter_context(stop_request())
             weights_dir = stack.enter_context(shared_weights(config, history.run_id))
             url, check_stream = stack.enter_context(stream_of(config, run))
             ledger = open_ledger(url, history.run_id, config.stream, lease_losses=config.rollout.lease_losses)
-            ray = stack.enter_context(ray_cluster(config.cluster))
+            try:
+                ray = stack.enter_context(ray_cluster(config.cluster))
+            except SystemExit:  # while Ray comes up it takes SIGTERM for itself
+                run.event("stopped", signal="SIGTERM", steps=history.steps_done, committed=history.committed_steps)
+                return Outcome("SIGTERM", history.steps_done, history.committed_steps, 0.0)
             stop.install()
             fitting(config, nodes_of_ray(ray.nodes()))
             check_reach(config, machines_of_ray(ray.nodes()))
@@ -90,8 +97,9 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             )
             return training.run_to_the_end()
     except Exception as error:
-        if run.events.exists():
-            run.event("ended", error=f"{type(error).__name__}: {error}")
+        with suppress(OSError):  # the disk may be what failed: the error itself says more
+            if run.events.exists():
+                run.event("ended", error=f"{type(error).__name__}: {error}")
         raise
     finally:
         run.unlock()
@@ -116,6 +124,17 @@ def is_finished(config: Config, run: RunDir, history: History, prompts: int) -> 
         groups_done=done.committed + done.failed,
     )
     return history.committed_steps >= steps and is_marked(run.policy, policy_mark(run, history))
+
+
+def say_finished(config: Config, run: RunDir, history: History) -> None:
+    """Says that a run is finished, where it was killed between its last act and its last word; else nothing."""
+    steps = history.committed_steps
+    if said_finished(run, steps):
+        return
+    run.steps_done = steps
+    StatusFile(run, steps).end("finished")
+    counts = {**dict.fromkeys(STATES, 0), "committed": history.groups_done, "failed": len(history.failed)}
+    say_end(run, config, stopped=None, steps=steps, committed_steps=steps, seconds=0.0, ledger=counts)
 
 
 def check_reach(config: Config, machines: int) -> None:
@@ -157,8 +176,10 @@ def shared_weights(config: Config, run_id: str) -> Iterator[Path]:
     """The directory that weights are published in, of this driver alone; gone at its end, whatever ends it."""
     root = Path(config.cluster.weights_dir or "/dev/shm")  # noqa: S108
     for left_over in root.glob(f"attune-{run_id}-*"):  # of a machine that went down, or a janitor that did
-        shutil.rmtree(left_over, ignore_errors=True)
-    directory = root / f"attune-{run_id}-{os.getpid()}"
+        pid, _, began = left_over.name.rpartition("-")[2].partition(".")
+        if not (pid.isdecimal() and str(began_at(int(pid))) == began):  # else: of a copy of the run that lives
+            shutil.rmtree(left_over, ignore_errors=True)
+    directory = root / f"attune-{run_id}-{os.getpid()}.{began_at(os.getpid())}"
     with with_janitor(directory):
         directory.mkdir(parents=True)
         try:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 DONE = b"done"
@@ -33,12 +33,18 @@ def family() -> dict[int, tuple[int, int]]:
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():
             try:
-                fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
+                # The kernel cuts a process's name after 15 bytes, in the middle of a letter, too.
+                fields = Path(entry.path, "stat").read_text(errors="replace").rpartition(")")[2].split()
             except OSError:
                 continue
             if fields[0] not in "ZX":
                 found[int(entry.name)] = (int(fields[1]), int(fields[19]))
     return found
+
+
+def began_at(pid: int) -> int | None:
+    """The start time (ticks) of a process; None where there is none."""
+    return family().get(pid, (0, None))[1]
 
 
 def descendants(of: set[int], processes: dict[int, tuple[int, int]]) -> set[Process]:
@@ -57,7 +63,8 @@ def watch(driver: int) -> set[Process] | None:
     What was there before this process began is somebody else's.
     """
     own = os.getpid()
-    began = family()[own][1]
+    began = began_at(own)
+    assert began is not None
     known: set[Process] = set()
     while True:
         ready, _, _ = select.select([sys.stdin.buffer], [], [], LOOK_S)
@@ -90,25 +97,22 @@ def end(known: set[Process]) -> None:
 def with_janitor(directory: Path) -> Iterator[None]:
     """For the block, what this process starts is ended, and `directory` removed, should it be killed."""
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(directory)]
-    janitor = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    assert janitor.stdin is not None
+    launcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    assert launcher.stdin is not None
+    launcher.wait()
     try:
         yield
     finally:
-        try:
-            janitor.stdin.write(DONE)
-            janitor.stdin.close()
-        except BrokenPipeError:  # it was killed itself
-            pass
-        try:
-            janitor.wait(END_S)
-        except subprocess.TimeoutExpired:  # nothing is left for it to do
-            janitor.kill()
+        with suppress(BrokenPipeError):  # it was killed itself
+            launcher.stdin.write(DONE)
+            launcher.stdin.close()
 
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    if os.fork():  # Ray kills what descends from the driver of a job together with it: the janitor is no child of its
+        sys.exit()
     left_behind = watch(int(sys.argv[1]))
     if left_behind is not None:
         end(left_behind)

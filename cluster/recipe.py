@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cluster.config import Config
+from cluster.run_dir import write_atomically
 from reward_server.config import RewardSection
 from services.errors import UserError
 
@@ -80,9 +81,8 @@ def resolve(tree: Mapping[str, Any], origin: str) -> Config:
 
 
 def save_resolved(config: Config, path: Path) -> None:
-    path.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    """Replaces the file as a whole: a resumed run is compared with what stands there."""
+    write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def json_schema() -> dict[str, Any]:

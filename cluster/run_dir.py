@@ -58,7 +58,7 @@ class RunDir:
         except OSError as error:
             raise UserError(f"run directory {self.path}: cannot be written: {error.strerror}") from error
         ends, said = time.monotonic() + wait_s, False
-        while not _taken(handle):
+        while not _taken(handle, self.path):
             handle.seek(0)
             owner = handle.read().strip() or "another process"
             if time.monotonic() >= ends:
@@ -144,11 +144,14 @@ class RunDir:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _taken(handle: IO[str]) -> bool:
+def _taken(handle: IO[str], directory: Path) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # some network file systems have no locks
+        handle.close()
+        raise UserError(f"run directory {directory}: cannot be locked there: {error.strerror}") from error
     return True
 
 

@@ -1,4 +1,4 @@
-"""summary.json: what a run came to, from its own files."""
+"""The last word of a run: an event, and summary.json, what the run came to, from its own files."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +9,30 @@ from cluster.run_dir import RunDir, read_jsonl, write_atomically
 
 WINDOW = 10
 """Steps that the first and the last figures are means over: single steps are noisy."""
+
+
+def say_end(
+    run: RunDir,
+    config: Config,
+    *,
+    stopped: str | None,
+    steps: int,
+    committed_steps: int,
+    seconds: float,
+    ledger: Mapping[str, int],
+) -> None:
+    """`stopped` by which signal, None where the run is finished; `ledger`: groups by state."""
+    run.event("stopped" if stopped else "finished", signal=stopped, steps=steps, committed=committed_steps)
+    write_summary(run, config, stopped, committed_steps, seconds, ledger)
+
+
+def said_finished(run: RunDir, committed_steps: int) -> bool:
+    """Whether summary.json is of a run that finished with so many steps."""
+    try:
+        found = json.loads(run.summary.read_text(encoding="utf-8"))
+        return (found["ended"], found["committed_steps"]) == ("finished", committed_steps)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write_summary(

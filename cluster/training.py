@@ -36,7 +36,7 @@ from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
 from cluster.status import StatusFile
 from cluster.step_record import Timing, ledger_metrics, reward_revisions, silent_sources
-from cluster.summary import write_summary
+from cluster.summary import say_end
 from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Supervisor
 from cluster.training_data import TrainingData
 from cluster.weight_rounds import WeightRounds
@@ -138,11 +138,14 @@ class Training:
             stopped, self.history.steps_done, self.history.committed_steps, round(time.monotonic() - self.started, 3)
         )
         self.status.end("stopped" if stopped else "finished")
-        self.run.event(
-            "stopped" if stopped else "finished", signal=stopped, steps=outcome.steps, committed=outcome.committed_steps
-        )
-        write_summary(
-            self.run, self.config, outcome.stopped, outcome.committed_steps, outcome.seconds, self.ledger.counts()
+        say_end(
+            self.run,
+            self.config,
+            stopped=stopped,
+            steps=outcome.steps,
+            committed_steps=outcome.committed_steps,
+            seconds=outcome.seconds,
+            ledger=self.ledger.counts(),
         )
         return outcome
 

@@ -160,7 +160,9 @@ class EmbeddedRedis:
                 return
             if fresh:
                 self._port = 0  # taken in between, most likely: another one
-        raise UserError(f"redis-server does not start in {self.directory}: {self._log_end()}")
+        locked = self._server is not None and self._server.poll() == launch_redis.LOCKED
+        why = f"{self.directory / 'lock'} is held by what an earlier one left" if locked else self._log_end()
+        raise UserError(f"redis-server does not start in {self.directory}: {why}")
 
     def stop(self) -> None:
         """Ends the server; its data stays. Returns when it is gone."""
@@ -202,7 +204,10 @@ class EmbeddedRedis:
         return self.directory / "loading"
 
     def _half_mended(self) -> bool:
-        return self._loading.exists() and _TORN in self._log_since(int(self._loading.read_text("ascii")))
+        if not self._loading.exists():
+            return False
+        said = self._loading.read_text("ascii")
+        return _TORN in self._log_since(int(said) if said.isdecimal() else 0)  # empty after a power cut
 
     def _launch(self, config: Path) -> None:
         started = threading.Event()
@@ -258,7 +263,12 @@ class EmbeddedRedis:
             pid, parent = map(int, (self.directory / "lock").read_text("utf-8").split())
         except ValueError:
             pid = parent = 0
-        if pid and _serves(pid, self.directory) and _stat_of(pid)[1] != parent:
+        if not (pid and _serves(pid, self.directory)):
+            # The lock outlives the server in what it forked to write its log anew, and says nothing yet of one that
+            # comes up. Both are over soon.
+            log.warning("the lock of %s is held, and redis-server %d, which took it last, is gone", self.directory, pid)
+            return
+        if _stat_of(pid)[1] != parent:
             log.warning("redis-server %d in %s has lost its parent %d and is killed", pid, self.directory, parent)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -311,7 +321,8 @@ class EmbeddedRedis:
         return path.stat().st_size if path.exists() else 0
 
     def _log_since(self, size: int) -> bytes:
-        return (self.directory / "redis.log").read_bytes()[size:]
+        path = self.directory / "redis.log"
+        return path.read_bytes()[size:] if path.exists() else b""
 
     def _log_end(self) -> str:
         path = self.directory / "redis.log"
@@ -348,7 +359,7 @@ def _serves(pid: int, directory: Path) -> bool:
 def _stat_of(pid: int) -> tuple[str, int]:
     """(state letter, parent) of a process; ("", 0) where there is none."""
     try:
-        state, parent = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[:2]
+        state, parent = (Path("/proc") / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
         return state, int(parent)
     except OSError:
         return "", 0

@@ -121,6 +121,42 @@ def test_a_directory_in_use_is_refused_and_names_who_uses_it(tmp_path: Path) -> 
         parent.wait()
 
 
+@pytest.mark.parametrize("seconds", [5.0, 60.0])
+def test_a_lock_that_a_dead_server_left_is_waited_for(tmp_path: Path, seconds: float) -> None:
+    """What a server forked to write its log anew holds its lock, and outlives it."""
+    directory = tmp_path / "redis"
+    directory.mkdir()
+    hold = f"""
+import fcntl, sys, time
+lock = open({str(directory / "lock")!r}, "w")
+lock.write("999999999 1")
+lock.flush()
+fcntl.flock(lock, fcntl.LOCK_EX)
+print(flush=True)
+time.sleep({seconds})
+"""
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        try:
+            if seconds < 10:
+                with EmbeddedRedis(directory) as server:
+                    assert connect(server.url).ping()
+            else:
+                with pytest.raises(UserError, match="lock is held by what an earlier one left"):
+                    EmbeddedRedis(directory).start()
+        finally:
+            holder.kill()
+
+
+def test_a_mark_that_a_power_cut_emptied_keeps_no_server_from_starting(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "redis"):
+        pass
+    (tmp_path / "redis" / "loading").write_text("")
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        assert connect(server.url).ping()
+
+
 def test_the_password_is_in_private_files_alone(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "redis") as server:
         password = server.url.split(":")[2].split("@")[0]
