@@ -91,7 +91,7 @@ class History:
             "run_id": self.run_id,
             "incarnation": self.incarnation,
             "step": self.steps_done,
-            "steps": {str(step): groups for step, groups in self.steps.items()},
+            "steps": self.steps,
             "failed": {group: failure.model_dump(mode="json") for group, failure in self.failed.items()},
             "best": self.best,
             "revisions": {str(step): revisions for step, revisions in self.revisions.items()},

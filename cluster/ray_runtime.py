@@ -41,8 +41,8 @@ def ray_cluster(section: ClusterSection) -> Iterator[Any]:
     if not address:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # Of calls that have ended, Ray keeps 100,000 to be looked at: 250 MB after two hours of small steps.
-        os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
+        # Ray keeps the last 100,000 calls for its dashboard, 250 MB after two hours of small steps; here is none.
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     try:
         import ray
     except ImportError as error:

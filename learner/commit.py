@@ -80,9 +80,8 @@ def commit_checkpoint(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
         if path.is_file() and name not in (MANIFEST, COMMITTED):
             files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             sync(path)
-    text = json.dumps({**manifest, "files": files}, indent=1, sort_keys=True)
-    _write(partial / MANIFEST, text)
-    _write(partial / COMMITTED, hashlib.sha256(text.encode()).hexdigest() + "\n")
+    sum_ = _write_json(partial / MANIFEST, {**manifest, "files": files})
+    _write(partial / COMMITTED, sum_ + "\n")
     for path in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
         sync(path)
     final = partial.with_name(partial.name.removesuffix(".partial"))
@@ -103,10 +102,11 @@ def replace_manifest(directory: str | Path, manifest: Mapping[str, Any]) -> None
     """
     path = Path(directory)
     files = read_manifest(path)["files"]
-    text = json.dumps({**manifest, "files": files}, indent=1, sort_keys=True)
-    old, new = _sha256(path / MANIFEST), hashlib.sha256(text.encode()).hexdigest()
+    beside = path / f"{MANIFEST}.partial"
+    old, new = _sha256(path / MANIFEST), _write_json(beside, {**manifest, "files": files})
     _replace(path / COMMITTED, f"{old}\n{new}\n")
-    _replace(path / MANIFEST, text)
+    beside.replace(path / MANIFEST)
+    sync(path)
     _replace(path / COMMITTED, new + "\n")
 
 
@@ -299,6 +299,17 @@ def _steps(root: Path) -> list[int]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> str:
+    """Brings it to the disk, and returns its SHA-256. Piece by piece: it names every group of the run."""
+    sum_ = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in json.JSONEncoder(indent=1, sort_keys=True).iterencode(tree):
+            file.write(piece.encode())
+            sum_.update(piece.encode())
+    sync(path)
+    return sum_.hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,10 +1,12 @@
 """A small run on the CPU whose parts are killed at random moments: `python -m tests.chaos --kills 100 --seed 1`.
 
 Rollout actors, scoring workers, the reward server, model actors, learner ranks, Redis and the driver get SIGKILL, more
-often at the dangerous moments: between an optimizer step and its commit, in mid-checkpoint, while weights are written.
-The moments are seen from outside, by the files that appear. When the driver has died it is started again with
-`--resume auto`, as a service manager would. The last line is a JSON object; exit 0 where nothing was lost, trained
-twice, or left behind.
+often at the dangerous moments: between an optimizer step and its commit, in mid-checkpoint, while weights are written,
+and while what was killed comes up again. The moments are seen from outside, by the files that appear; some last for
+milliseconds, so the victim is halted at once and killed if the moment is still there. When the driver has died it is
+started again with `--resume auto`, as a service manager would: every other time after all that it left is gone, which
+is timed. The last line is a JSON object; exit 0 where nothing was lost, trained twice, or left behind, no witness
+disagrees with the manifest, and nothing ended that was not killed.
 """
 
 import argparse
@@ -40,11 +42,23 @@ DECK = {
     ("scoring_worker", "any"): 2,
     ("reward_server", "any"): 2,
     ("model", "any"): 2,
+    ("learner", "start"): 1,
+    ("driver", "start"): 1,
+    ("rollout", "start"): 1,
+    ("reward_server", "start"): 1,
 }
 PROGRESS_S = 300.0
 """Longest that a run may take to get on after a death."""
 GIVE_UP_AFTER = 5
-"""Ends of the driver that nobody asked for, without progress in between."""
+"""Ends of the driver that nobody asked for."""
+WRONG = (
+    "lost", "unknown", "trained_twice", "disagreements", "orphans", "shared_memory", "outlived", "ended_by_itself",
+)  # fmt: skip
+"""What has to be nothing in the end."""
+MOMENT_S = 60.0
+"""Longest that a moment is waited for."""
+COMING_UP_S = 8.0
+"""What is killed again as it comes up is killed within so many seconds."""
 
 
 class Chaos:
@@ -59,7 +73,13 @@ class Chaos:
         self.deaths: list[dict[str, Any]] = []
         self.starts = 0
         self.unasked: list[int] = []
+        self.gone_s: list[float] = []
+        """Seconds from a death of the driver until all that it had started, and its weights, were gone."""
+        self.outlived = 0
+        """Processes and shared memory of killed drivers that were there a minute later."""
         self.driver: subprocess.Popen[bytes] | None = None
+        self.killed: set[int] = set()
+        """Numbers of the drivers that were killed."""
         self._deck: list[tuple[str, str]] = []
 
     # The driver
@@ -84,13 +104,23 @@ class Chaos:
             return False
         if code == 0:
             return True
-        if code != -9:
+        if self.driver.pid in self.killed:
+            if len(self.killed) % 2:
+                self.wait_for_janitor()
+        else:
             self.unasked.append(code)
             self.say(f"the driver ended by itself with {code}")
             if len(self.unasked) >= GIVE_UP_AFTER:
                 raise RuntimeError(f"the driver ended by itself {len(self.unasked)} times; its log says why")
         self.start()
         return False
+
+    def wait_for_janitor(self) -> None:
+        """Until nothing is left of a driver that was killed; what is left after a minute is counted."""
+        began = time.monotonic()
+        wait_until(lambda: not self.watch.alive() and not self.watch.published(), GONE_S, 0.1)
+        self.gone_s.append(round(time.monotonic() - began, 1))
+        self.outlived += len(self.watch.alive()) + len(self.watch.published())
 
     # Deaths
 
@@ -100,33 +130,60 @@ class Chaos:
             self.random.shuffle(self._deck)
         return self._deck.pop()
 
-    def kill(self, kind: str, moment: str) -> bool:
-        """Waits for the moment and kills one of the kind; False where the run ended first."""
-        moments = {
-            "step": self.watch.between_step_and_commit,
-            "checkpoint": self.watch.in_mid_checkpoint,
-            "transfer": self.watch.in_mid_transfer,
-            "any": lambda: True,
-        }
+    def kill(self, kind: str, moment: str) -> None:
+        """Kills one of the kind at the moment, and waits until the run gets on; nothing where it ends before."""
         time.sleep(self.random.uniform(0.0, 1.5))
-        if not wait_until(lambda: bool(self.watch.processes()[kind]) or self.ended(), PROGRESS_S, 0.2):
-            raise RuntimeError(f"no {kind} came up in {PROGRESS_S:.0f} s")
-        found = self.watch.processes()[kind]
-        met = wait_until(lambda: moments[moment]() or self.driver_gone(), 60.0)
-        victims = [process for process in found if is_alive(process)]
-        if not victims or self.driver_gone():
-            return False
-        victim = self.random.choice(victims)
-        before, at = self.watch.steps(), time.monotonic()
-        victim.kill()
-        death = {"kind": kind, "moment": moment if met else "any", "at_step": len(before), "progress_s": None}
-        self.deaths.append(death)
+        pause = self.random.uniform(0.0, COMING_UP_S)
+        before = self.strike(kind, "any" if moment == "start" else moment)
+        if moment == "start" and before is not None and len(self.deaths) < self.kills:
+            end = time.monotonic() + pause
+            wait_until(lambda: self.ended() or time.monotonic() >= end, COMING_UP_S)
+            before = self.strike(kind, "any", "start") or before
+        if before is None:
+            return
+        at = time.monotonic()
         got_on = wait_until(lambda: self.got_on(kind, before), PROGRESS_S, 0.1)
+        death = self.deaths[-1]
         death["progress_s"] = round(time.monotonic() - at, 2) if got_on else None
         self.say(f"kill {len(self.deaths)}/{self.kills}: {death}")
         if not got_on:
             raise RuntimeError(f"no progress within {PROGRESS_S:.0f} s of the death of {kind}")
-        return True
+
+    def strike(self, kind: str, moment: str, said: str | None = None) -> set[tuple[int, int]] | None:
+        """Kills one of the kind as soon as the moment is there; the steps recorded until then, None where none died."""
+        moments = {
+            "step": self.watch.between_step_and_commit,
+            "checkpoint": self.watch.in_mid_checkpoint,
+            "transfer": self.watch.in_mid_transfer,
+        }
+        there = moments.get(moment, lambda: True)
+        if not wait_until(lambda: self.ended() or bool(self.watch.processes()[kind]), PROGRESS_S, 0.2):
+            raise RuntimeError(f"no {kind} came up in {PROGRESS_S:.0f} s")
+        give_up = time.monotonic() + MOMENT_S
+        while not self.driver_gone():
+            victims = [process for process in self.watch.processes()[kind] if is_alive(process)]
+            if not victims:
+                time.sleep(0.05)
+                continue
+            wait_until(lambda: there() or self.driver_gone(), MOMENT_S)
+            victim = self.random.choice(victims)
+            try:
+                victim.suspend()  # the moment may be over before more is known of it
+                met, late = there(), time.monotonic() >= give_up
+                if not (met or late):
+                    victim.resume()
+                    continue
+                before = self.watch.steps()
+                victim.kill()
+            except psutil.NoSuchProcess:
+                continue
+            if kind == "driver":
+                self.killed.add(victim.pid)
+            self.deaths.append(
+                {"kind": kind, "moment": said or (moment if met else "any"), "at_step": len(before), "progress_s": None}
+            )
+            return before
+        return None
 
     def driver_gone(self) -> bool:
         return self.driver is None or self.driver.poll() is not None
@@ -136,6 +193,7 @@ class Chaos:
         from now (the first one's batch may have been complete)."""
         if self.ended():
             return True
+        self.watch.look()
         latest = max(before, default=(0, -1))
         after = {step for step in self.watch.steps() if step > latest}
         return any(step[0] > latest[0] for step in after) or (len(after) >= 2 and kind not in ("learner", "driver"))
@@ -161,8 +219,10 @@ class Chaos:
             "to_progress": times_of(self.deaths),
             "at_moments": {
                 moment: sum(1 for death in self.deaths if death["moment"] == moment)
-                for moment in ("step", "checkpoint", "transfer", "any")
+                for moment in ("step", "checkpoint", "transfer", "start", "any")
             },
+            "outlived": self.outlived,
+            "driver_left_nothing_after_s": self.gone_s,
         }
 
     def stop(self) -> None:
@@ -190,7 +250,7 @@ def main() -> int:
         finally:
             chaos.stop()
     print(json.dumps(found))
-    whole = not any(found[key] for key in ("lost", "unknown", "trained_twice", "orphans", "shared_memory"))
+    whole = not any(found[key] for key in WRONG)
     return 0 if whole and found["kills"] >= arguments.kills else 1
 
 

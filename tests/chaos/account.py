@@ -1,8 +1,10 @@
 """What a disturbed run came to: is every prompt there once, and is nothing left behind?"""
 
+import json
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 from cluster.config import Config
 from cluster.run_dir import RunDir
 from cluster.training_data import load_training_data
+from learner.checkpoint import read_state
 from learner.commit import latest_committed
 from services.records import group_id_of
 from tests.chaos.watch import SHARED, Watch, rows
@@ -29,31 +32,52 @@ def expected_groups(run: Path) -> set[str]:
 def prompts_of(run: Path) -> dict[str, int]:
     """Of the epoch's groups: how many are lost, how many are in two committed steps; and the steps.
 
-    What was trained is read twice: from the manifest, and from the samples that the steps recorded.
+    `disagreements`: what other witnesses say against the manifest. The learner counts its updates in its own part of
+    the commit, which it takes up itself where it goes on: one trained again shows there alone.
     """
     commit = latest_committed(run).commit
-    steps: dict[int, list[str]] = {}
-    failed: set[str] = set()
-    if commit is not None:
-        steps = {int(step): list(groups) for step, groups in commit.manifest["steps"].items()}
-        failed = set(commit.manifest["failed"])
+    assert commit is not None, "no commit"
+    steps = {int(step): list(groups) for step, groups in commit.manifest["steps"].items()}
+    failed: dict[str, dict[str, str]] = commit.manifest["failed"]
     times = Counter(group for groups in steps.values() for group in groups)
-    recorded: Counter[str] = Counter()
-    for step in steps:
-        found = {row["group_id"] for row in rows(run / "samples" / f"step_{step:06d}.jsonl")}
-        recorded.update(found)
-        assert found == set(steps[step]), f"step {step}: the samples recorded are not those of the manifest"
-    twice = {group for group, count in (times | recorded).items() if count > 1} | (set(times) & failed)
     expected = expected_groups(run)
+    accounted = set(times) | set(failed)
     return {
         "groups": len(expected),
         "failed": len(failed),
-        "lost": len(expected - set(times) - failed),
-        "unknown": len(set(times) | failed) - len((set(times) | failed) & expected),
-        "trained_twice": len(twice),
+        "lost": len(expected - accounted),
+        "unknown": len(accounted - expected),
+        "trained_twice": sum(count > 1 for count in times.values()) + len(set(times) & set(failed)),
         "steps": len(steps),
-        "lines": len(rows(run / "metrics.jsonl")),
+        "disagreements": list(disagreements(run, commit.path, steps, failed)),
     }
+
+
+def disagreements(
+    run: Path, commit: Path, steps: dict[int, list[str]], failed: dict[str, dict[str, str]]
+) -> Iterator[str]:
+    """Every step of a recipe of one update a step, with the samples that the recipe asks for."""
+    config = Config.model_validate(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    if sorted(steps) != list(range(len(steps))):
+        yield "the manifest leaves steps out"
+    if (updates := read_state(commit).updates) != len(steps):
+        yield f"the learner has made {updates} updates in {len(steps)} steps"
+    if [int(row["step"]) for row in rows(run / "metrics.jsonl")] != sorted(steps):
+        yield "metrics.jsonl has other steps than the manifest"
+    shards = {path.name for path in (run / "samples").glob("*.jsonl")}
+    if shards != {f"step_{step:06d}.jsonl" for step in steps}:
+        yield "samples/ has other steps than the manifest"
+    for step, groups in steps.items():
+        found = [row["sample_id"] for row in rows(run / "samples" / f"step_{step:06d}.jsonl")]
+        if sorted(found) != sorted(f"{group}:{k}" for group in groups for k in range(config.rollout.samples)):
+            yield f"step {step}: the samples recorded are not those of the manifest"
+    if unnamed := [group for group, why in failed.items() if not (why["kind"] and why["code"])]:
+        yield f"failed without a reason: {unnamed}"
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    ledger = {state: count for state, count in summary["ledger"].items() if count}
+    told = {"committed": sum(map(len, steps.values())), "failed": len(failed)}
+    if (summary["ended"], ledger) != ("finished", {state: count for state, count in told.items() if count}):
+        yield f"the summary says {summary['ended']} and {ledger}"
 
 
 def left_behind(watch: Watch) -> dict[str, Any]:

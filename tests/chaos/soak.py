@@ -133,6 +133,7 @@ def soak(directory: Path, hours: float, seed: int) -> dict[str, Any]:
     found = judged(series, at)
     return {
         "hours": round(at / 3600, 3),
+        "died": [event["event"] for event in watch.events() if event["event"].endswith("_died")],
         "exit": code,
         "steps": len(watch.steps()),
         "incarnations": sum(1 for event in watch.events() if event["event"] == "start"),
@@ -155,7 +156,7 @@ def main() -> int:
         verdict = "" if one["flat"] else "GROWS"
         print(f"{name:48} {one['median']:>10} {one['growth']:>+9} {one['percent']:>+7} %  {verdict}")
     print(json.dumps(found))
-    whole = bool(found["series"]) and not found["not_flat"]
+    whole = bool(found["series"]) and not found["not_flat"] and not found["died"]
     return 0 if whole and found["exit"] == 4 and found["incarnations"] == 1 else 1
 
 

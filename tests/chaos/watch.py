@@ -1,6 +1,7 @@
 """What can be seen of a run from outside: its processes, its steps and commits, and the moments worth a kill."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ TITLES = {
     "learner": "ray::LearnerWorker",
 }
 SHARED = Path("/dev/shm")
+TAIL_BYTES = 32_768
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Watch:
     driver: psutil.Process | None = None
     seen: dict[tuple[int, float], psutil.Process] = field(default_factory=dict)
     mapped: set[str] = field(default_factory=set)
+    _run_id: str | None = None
+    _looked: float = 0.0
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """Those that can be killed, by kind."""
@@ -52,6 +56,12 @@ class Watch:
                     found[kind].append(process)
         return found
 
+    def look(self) -> None:
+        """Takes note of the processes, once a second."""
+        if time.monotonic() - self._looked >= 1.0:
+            self._looked = time.monotonic()
+            self.processes()
+
     def alive(self) -> list[psutil.Process]:
         """Of all that were ever seen, those that are there."""
         return [process for process in self.seen.values() if is_alive(process)]
@@ -65,18 +75,22 @@ class Watch:
     def events(self) -> list[dict[str, Any]]:
         return rows(self.run / "events.jsonl")
 
-    def committed(self) -> int:
-        return max((int(e["step"]) for e in self.events() if e["event"] == "committed"), default=0)
-
     def run_id(self) -> str:
-        return next((str(e["run_id"]) for e in self.events() if e["event"] == "start"), "none")
+        if self._run_id is None:
+            self._run_id = next((str(e["run_id"]) for e in self.events() if e["event"] == "start"), None)
+        return self._run_id or "none"
 
-    # Moments
+    def published(self) -> list[Path]:
+        """What drivers of the run have in shared memory."""
+        return list(SHARED.glob(f"attune-{self.run_id()}-*"))
+
+    # Moments. Some last for milliseconds: only the ends of the files are read.
 
     def between_step_and_commit(self) -> bool:
         """A step is trained and recorded, and no commit holds it."""
-        steps = self.steps()
-        return bool(steps) and max(step for _, step in steps) + 1 > self.committed()
+        newest = last_row(self.run / "metrics.jsonl", lambda _: True)
+        commit = last_row(self.run / "events.jsonl", lambda event: event["event"] == "committed")
+        return newest is not None and int(newest["step"]) + 1 > (0 if commit is None else int(commit["step"]))
 
     def in_mid_checkpoint(self) -> bool:
         return any((self.run / "checkpoints").glob("step_*.partial/engine"))
@@ -84,9 +98,7 @@ class Watch:
     def in_mid_transfer(self) -> bool:
         """Weights are being written: their directory is there, and the manifest, written last, is not."""
         return any(
-            not (version / MANIFEST).exists()
-            for directory in SHARED.glob(f"attune-{self.run_id()}-*")
-            for version in directory.glob("v*")
+            not (version / MANIFEST).exists() for directory in self.published() for version in directory.glob("v*")
         )
 
 
@@ -95,6 +107,24 @@ def rows(path: Path) -> list[dict[str, Any]]:
         return list(read_jsonl(path))
     except (OSError, json.JSONDecodeError):  # being replaced
         return []
+
+
+def last_row(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    """The last wanted row among those at the end of a JSONL file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut at its beginning
+            continue
+        if wanted(row):
+            return row
+    return None
 
 
 def shared_by(pid: int) -> set[str]:
