@@ -151,6 +151,21 @@ def test_a_rollout_actor_that_dies_once_too_often_while_the_learner_trains_ends_
     assert type(failed.value) is PartFailed  # neither the learner's death nor one that is waited out
 
 
+def test_a_node_that_takes_many_actors_with_it_costs_each_of_them_one_restart(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=1)
+    for _ in range(3):
+        crew.supervisor.start_rollouts(crew.part, crew.rollout)
+    for actor in crew.supervisor.rollouts:
+        actor.handle.die()
+    crew.supervisor.check()
+    crew.supervisor.check()
+    assert crew.events() == ["rollout_died"] * 4 + ["part_started"] * 4
+    assert [actor.name for actor in crew.supervisor.rollouts] == [f"rollout-{n}" for n in range(4, 8)]
+    crew.supervisor.rollouts[2].handle.die()  # in a slot that has had its restart
+    with pytest.raises(PartFailed, match="rollout-6 failed: ActorDiedError"):
+        crew.supervisor.check()
+
+
 def test_a_rank_that_dies_or_does_not_answer_is_the_learners_death(tmp_path: Path) -> None:
     crew = Crew(tmp_path, restarts=0)
     with pytest.raises(LearnerDied, match="step 0 to train: learner-0 did not answer"):
