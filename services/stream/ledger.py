@@ -166,13 +166,26 @@ class Ledger(Account):
         arguments = (group.group_id, group.attempt, version.incarnation, version.step, uuid4().hex, encode_group(group))
         return self._script("put_generated", *arguments) == b"1"
 
-    def fail(self, group_id: str, attempt: int, failure: Failure, budget: int) -> Literal["pending", "failed", "late"]:
+    def fail(
+        self,
+        group_id: str,
+        attempt: int,
+        failure: Failure,
+        budget: int,
+        *,
+        entry_id: str | None = None,
+        owner: str | None = None,
+    ) -> Literal["pending", "failed", "late"]:
         """A leased or generated group could not be generated or scored.
 
         `budget` is how many failures of this kind a group may have and still be tried again: with 0 the first one fails
-        it, and the next group leased takes its place. "late": the attempt is no longer the group's; nothing happened.
+        it, and the next group leased takes its place. A scorer names the entry that it read, a rollout actor itself:
+        the attempt alone may be that of a ledger of before. "late": the attempt, the entry or the lease is no more the
+        group's; nothing happened.
         """
-        arguments = (group_id, attempt, failure.kind, failure.model_dump_json(), budget, uuid4().hex)
+        arguments = (
+            group_id, attempt, failure.kind, failure.model_dump_json(), budget, uuid4().hex, entry_id or "", owner or ""
+        )  # fmt: skip
         return cast(Literal["pending", "failed", "late"], text(self._script("fail", *arguments)))
 
     # ---- a scoring worker

@@ -193,6 +193,28 @@ def test_an_answer_by_older_weights_than_the_lease_is_late(desk: Any) -> None:
     assert desk.ledger.put_generated(desk.group_of(new, PolicyVersion(1, 1)))  # newer ones are welcome
 
 
+def test_a_failure_from_before_a_ledger_was_made_anew_fails_no_group_of_the_new_one(desk: Any) -> None:
+    """Attempts begin again: an actor and a scorer of before may hold the same one."""
+    ledger: Ledger = desk.ledger
+    desk.fill(2)
+    before = [desk.lease("old"), desk.lease("old")]
+    assert ledger.put_generated(desk.group_of(before[0]))
+    ((entry, _),) = ledger.read_generated("scorer", 9, 1, 60_000)
+    ledger.flush()
+    desk.fill(2)
+    again = [desk.lease("new"), desk.lease("new")]
+    assert [lease.attempt for lease in again] == [lease.attempt for lease in before]
+    assert ledger.put_generated(desk.group_of(again[0]))
+    ((present, _),) = ledger.read_generated("scorer", 9, 1, 60_000)
+    assert ledger.fail("0:p0", 1, desk.DATA, 0, entry_id=entry) == "late"
+    assert ledger.fail("0:p1", 1, desk.DATA, 0, entry_id=entry) == "late"  # leased: it has no entry
+    assert ledger.fail("0:p0", 1, desk.DATA, 0, owner="new") == "late"  # generated: it is the scorer's
+    assert ledger.fail("0:p1", 1, desk.DATA, 0, owner="old") == "late"
+    assert ledger.counters() == {"late_failures": 4}
+    assert ledger.fail("0:p0", 1, desk.DATA, 0, entry_id=present) == "failed"
+    assert ledger.fail("0:p1", 1, desk.DATA, 0, owner="new") == "failed"
+
+
 def test_scores_are_accepted_once_and_for_the_present_entry_alone(desk: Any, client: redis.Redis) -> None:
     desk.fill(1)
     ledger: Ledger = desk.ledger
