@@ -102,10 +102,11 @@ class RolloutSection(Section):
         description="A lease not renewed for this long (s) is given to another actor. Renewed every third of it.",
     )
     lease_losses: int = Field(
-        default=5,
+        default=2,
         ge=0,
-        description="Leases that a group may lose to actors that die or fall silent; one more fails it, with its "
-        "reason. More than chance takes in a long run, and a prompt that kills its actors does not end the run.",
+        description="Leases in a row that a group may lose to actors that die or fall silent; then an actor has it "
+        "alone, and one more lost lease fails it, with its reason. Below `cluster.restarts`: a prompt that kills its "
+        "actors fails before the run does. 0 fails at once all that a dead actor held.",
     )
     poll_s: float = Field(default=0.05, gt=0, description="Pause (s) before an idle actor asks for a lease again.")
 
