@@ -14,12 +14,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rollout import vllm_engine
 from rollout.config import RolloutSection, VllmSection
 from rollout.engine import AttentionRows, Completion, GenerationRequest, KeySets, Sampling
 from rollout.refusals import RequestRefused
 from rollout.transformers_engine import TransformersEngine
+from rollout.vllm_engine import VllmEngine
 from rollout.worker import build_engine
 from services.attention.config import CaptureSection
+from services.errors import UserError
 from services.models_config import PolicySection
 from services.records import PolicyVersion
 from services.weights import Corrupt, write_bucket, write_manifest
@@ -99,6 +102,44 @@ class Host:
 
     def kill(self) -> None:
         self._ray.kill(self._actor)
+
+
+class NoLLM:
+    """A vLLM that has come up, of a model runner that does not say what it kept."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        assert (method, len(args)) == ("attune_capture_start", 1)
+        return [{"layers": [1], "kept_sets": False}]
+
+    async def update_weight_version(self, label: str) -> None:
+        assert label == "0.0"
+
+    def shutdown(self) -> None:
+        self.ended = True
+
+
+def test_a_recipe_that_truncates_does_not_start_where_no_prompt_could_be_generated(
+    policy: PolicySection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = NoLLM()
+    monkeypatch.setattr(vllm_engine, "_start_llm", lambda *_: llm)
+
+    def started(**sampling: Any) -> VllmEngine:
+        section = RolloutSection(engine="vllm", truncation="replay", **sampling)
+        engine = VllmEngine(policy, CaptureSection(), section)
+        asyncio.run(engine.start())
+        return engine
+
+    engine = started()
+    with pytest.raises(RequestRefused, match="does not say which tokens it kept"):  # and one request is still refused
+        asyncio.run(engine.generate([prompt(4, 1, top_k=5)]))
+    assert not llm.ended
+    with pytest.raises(UserError, match=r"rollout\.top_p 0\.9 and rollout\.top_k 0 truncate"):
+        started(top_p=0.9)
+    assert llm.ended
 
 
 @pytest.fixture(scope="module")
