@@ -44,7 +44,7 @@ class VllmEngine:
     def __init__(self, policy: PolicySection, capture: CaptureSection, rollout: RolloutSection) -> None:
         config = load_config(policy)
         self.family: Family = "decoder"
-        self.max_context: int | None = max_context_of(config)
+        self.max_context: int | None = rollout.context(max_context_of(config))
         self.eos_ids: tuple[int, ...] = eos_ids_of_policy(policy)
         self.layers: tuple[int, ...] = ()
         self._policy = policy
@@ -283,7 +283,7 @@ def _start_llm(policy: PolicySection, section: RolloutSection, max_context: int 
         "revision": policy.revision,
         "skip_tokenizer_init": True,
         "dtype": policy.dtype,
-        "max_model_len": own.max_context or max_context,
+        "max_model_len": max_context,
         "max_num_seqs": section.max_batch_rows,
         "tensor_parallel_size": own.tensor_parallel,
         "enable_prefix_caching": True,

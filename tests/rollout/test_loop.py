@@ -296,7 +296,7 @@ def test_a_prompt_too_long_for_the_context_fails_as_data_and_the_next_takes_its_
     assert (row.failure.kind, row.failure.code) == ("data", "prompt_refused")
     tokens = len(prepare(prompt_of(LONG), preparation).rendered.ids)
     assert tokens > 96
-    expected = f"a prompt of {tokens} tokens and a response of 8 exceed the model's context of 96"
+    expected = f"a prompt of {tokens} tokens and a response of 8 exceed the context of 96"
     assert row.failure.message == f"prompt {prompt_of(LONG).prompt_id}: {expected}"
     assert loop.counters.groups == 2
     assert "failures_infra" not in ledger.counters()
