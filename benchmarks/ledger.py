@@ -105,7 +105,7 @@ class Parts:
     def __init__(self, config: Config, root: Path, prompts: Sequence[Prompt]) -> None:
         from learner.worker import LearnerWorker
 
-        renderer = build_renderer(config.policy, config.data, config.rollout.max_tokens)
+        renderer = build_renderer(config.policy, config.data, config.rollout)
         self.config = config
         self.preparation = Preparation(renderer, config.salience, fit_idf(prompts, renderer, config.salience))
         self.engine = build_oracle(config.policy, config.attention, config.rollout)

@@ -96,8 +96,8 @@ class ClusterSection(Section):
     restarts: int = Field(
         default=3,
         ge=0,
-        description="Times between two commits that a kind of part (rollout actors, scoring workers, the reward "
-        "server, the learner, the evaluator) may die or stand still and is started again; once "
+        description="Times between two commits that a part (each rollout actor, each scoring worker, the reward "
+        "server, the learner with all its ranks, the evaluator) may die or stand still and is started again; once "
         "more ends the run with its error. 0: the first death of any part ends it.",
     )
     restart_pause_s: float = Field(

@@ -19,9 +19,7 @@ def evaluation_prompts(config: Config, data: TrainingData, split: SplitName, cou
     Raises:
         UserError: a prompt cannot be rendered.
     """
-    preparation = Preparation(
-        build_renderer(config.policy, config.data, config.rollout.max_tokens), config.salience, data.idf
-    )
+    preparation = Preparation(build_renderer(config.policy, config.data, config.rollout), config.salience, data.idf)
     prompts: Sequence[Prompt] = data.splits.named(split)[:count]
     result: list[EvaluationPrompt] = []
     for prompt in prompts:

@@ -34,7 +34,7 @@ def fine_tune(config: Config, out: Path, *, console: Console) -> FineTuned:
     """
     refuse_existing(out)
     data = load_training_data(config)
-    renderer = build_renderer(config.policy, config.data, config.rollout.max_tokens)
+    renderer = build_renderer(config.policy, config.data, config.rollout)
     train = pairs_of(data.splits.train, renderer)
     validation = pairs_of(data.splits.validation, renderer)
     if not train:

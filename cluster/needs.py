@@ -101,7 +101,7 @@ def generating_of(config: Config, shape: Shape, context: int | None, captured: i
     token = kv_token_bytes(shape.layers, shape.kv_heads, shape.head_dim, size)
     rows, longest = section.max_batch_rows, prompt + response
     if section.engine == "vllm":
-        longest = section.vllm.max_context or context or longest
+        longest = section.context(context) or longest
         given = section.vllm.kv_cache_mib
         cache = given * 2**20 if given is not None else cpu_cache_bytes(token, longest=longest, rows=rows)
     else:

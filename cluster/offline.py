@@ -56,13 +56,13 @@ def roll_out(asked: OfflineRollout, *, console: Console) -> int:
     salience = SalienceSection(content=asked.content)
     splits = load_prompts(data)
     prompts = [*splits.train, *splits.validation, *splits.test]
-    renderer = build_renderer(policy, data, asked.max_tokens)
+    section = RolloutSection(engine=asked.engine, samples=asked.samples, max_tokens=asked.max_tokens)
+    renderer = build_renderer(policy, data, section)
     preparation = Preparation(renderer, salience, fit_idf(prompts, renderer, salience))
     _check_settings(asked)
     done = _keep_whole_groups(asked.out, asked.samples)
     left = [(order, prompt) for order, prompt in enumerate(prompts) if _group_id(prompt) not in done]
     if left:
-        section = RolloutSection(engine=asked.engine, samples=asked.samples, max_tokens=asked.max_tokens)
         capture = CaptureSection(last_layers=asked.capture_layers)
         columns = (TextColumn("rollout"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

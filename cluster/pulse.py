@@ -21,6 +21,8 @@ class Pulse:
     asked: float = 0.0
     count: int = -1
     has_work: bool = False
+    worked: bool = False
+    """Whether it ever got on, or had come up and waited for work."""
 
     def ask(self, now: float) -> None:
         """Asks again where no answer is out and the last question is a second old."""
@@ -31,6 +33,7 @@ class Pulse:
     def heard(self, answer: tuple[int, bool], now: float) -> None:
         count, has_work = answer
         self.reference, self.has_work = None, has_work
+        self.worked = self.worked or count > 0 or not has_work
         if count != self.count or not has_work:
             self.count, self.moved = count, now
 

@@ -11,22 +11,26 @@ LONGEST_PAUSE_S = 60.0
 
 @dataclass
 class RestartBudget:
-    """`limit` restarts of each kind of part between two commits; the first after `pause_s`, then twice as long each."""
+    """`limit` restarts of each part between two commits; the first after `pause_s`, then twice as long each.
+
+    What is kept up is counted slot by slot, for a node that dies takes many parts of a kind with it, each of them once.
+    The learner's ranks go back together and are one part, as the ledger and the evaluator are.
+    """
 
     limit: int
     pause_s: float
     spent: dict[str, int] = field(default_factory=dict)
 
-    def spend(self, kind: str) -> float | None:
+    def spend(self, part: str) -> float | None:
         """The pause (s) before the part is started again; None: the budget is used up, it stays down."""
-        had = self.spent.get(kind, 0)
+        had = self.spent.get(part, 0)
         if had >= self.limit:
             return None
-        self.spent[kind] = had + 1
+        self.spent[part] = had + 1
         return min(self.pause_s * 2**had, LONGEST_PAUSE_S)
 
-    def left(self, kind: str) -> int:
-        return self.limit - self.spent.get(kind, 0)
+    def left(self, part: str) -> int:
+        return self.limit - self.spent.get(part, 0)
 
     def committed(self) -> None:
         """There is progress that no death can take back."""

@@ -1,10 +1,11 @@
 """The actors of a run: started by the plan, watched while the driver waits, started again or reported when they die.
 
 Rollout actors, scoring workers and the reward server are kept up: what dies, or stands still past its deadline, is
-started again after a pause, within the budget of `cluster.restarts`; leases and unfinished groups pass on. A dead
+started again after a pause, within its own budget of `cluster.restarts`; leases and unfinished groups pass on. A dead
 learner rank is raised as `LearnerDied`: the run goes back to its last commit (`cluster.training`). Models that score
 are started again by Ray, the evaluator by who asks it. What a part says on purpose (a user's mistake, a reward server
-that refuses the samples) ends the run with its words; so does what dies once too often.
+that refuses the samples) ends the run with its words; so does what dies once too often. A user's mistake that the one
+before in its place did not meet is tried again first: an engine that finds too little memory says so in the same words.
 """
 
 import logging
@@ -33,7 +34,7 @@ COUNTERS_S = 2.0
 """Seconds for the parts to say their counters; the line of a step waits no longer for them."""
 
 SAID_ON_PURPOSE = (UserError, ScoringOutage, ScoringRefused)
-"""What a part ends with that ends the run: another try says the same."""
+"""What a part ends with that ends the run: another try says the same, but for a UserError where one worked before."""
 
 
 class PartFailed(Exception):  # noqa: N818 - reads as what it says where it is raised
@@ -81,7 +82,8 @@ class Running:
 
 @dataclass
 class Kept:
-    """A part that is kept up. `now` is None between a death and the next start, which is at `due`."""
+    """A part that is kept up: a slot that one actor after another fills. `now` is None between a death and the next
+    start, which is at `due`."""
 
     kind: str
     part: Part
@@ -93,8 +95,12 @@ class Kept:
     due: float = 0.0
     lost: str = ""
     """The name of the one that died last."""
+    worked: bool = False
+    """Whether one of those that died had come up: then its settings are not what keeps another from it."""
     no_room_since: float | None = None
     """Since when the cluster has had no room to start it."""
+    slot: str = ""
+    """Its name in the budget of restarts, given by `keep`: every slot has restarts of its own."""
 
 
 @dataclass
@@ -151,6 +157,7 @@ class Supervisor:
 
     def keep(self, kept: Kept, *, missing: bool = False) -> Kept:
         """Starts a part that is kept up from now on; where it is `missing`, once the cluster has room for it."""
+        kept.slot = f"{kept.part.name}-{sum(each.part.name == kept.part.name for each in self.kept)}"
         if not missing:
             kept.now = kept.start()
         self.kept.append(kept)
@@ -229,6 +236,7 @@ class Supervisor:
         except Exception as error:  # whatever it could not come up for
             self._lost(kept, self.part_failed(part.name, error))
             return
+        part.pulse.worked = True
         kept.on_up(result)
 
     def _listen(self, part: Running, done: set[Any], now: float) -> Exception | None:
@@ -297,13 +305,15 @@ class Supervisor:
         except Exception as gone:
             log.debug("%s: %s", part.name, gone)
         cause = error.__cause__ or error
-        pause = None if isinstance(cause, SAID_ON_PURPOSE) else self.budget.spend(kept.kind)
+        again = kept.worked if isinstance(cause, UserError) else not isinstance(cause, SAID_ON_PURPOSE)
+        kept.worked = kept.worked or part.pulse.worked
+        pause = self.budget.spend(kept.slot) if again else None
         if pause is None and isinstance(error, UserError):
             raise error
         if pause is None:
             # Not as it came: who waits for another part would take a PartDied, or what caused this, for that part's.
             raise PartFailed(str(error)) from error
-        log.warning("%s; started again in %.1f s, %d more times", error, pause, self.budget.left(kept.kind))
+        log.warning("%s; started again in %.1f s, %d more times", error, pause, self.budget.left(kept.slot))
         kept.due = time.monotonic() + pause
 
     def _start_again(self, kept: Kept, now: float) -> None:

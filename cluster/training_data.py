@@ -42,7 +42,7 @@ def load_training_data(config: Config, run: RunDir | None = None) -> TrainingDat
         raise UserError(f"data.source {config.data.source!r}: the training split has no prompts")
     if run is not None:  # before anything of the run is written again by the wrong prompts
         _check_prompts(run, config.data.source, splits.train)
-    renderer = build_renderer(config.policy, config.data, config.rollout.max_tokens)
+    renderer = build_renderer(config.policy, config.data, config.rollout)
     if _uses_idf(config):
         idf = fit_idf(splits.train, renderer, config.salience)
     else:

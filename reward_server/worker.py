@@ -47,7 +47,7 @@ class ScoringLedger(Protocol):
         self, consumer: str, count: int, block_ms: int, min_idle_ms: int
     ) -> Sequence[tuple[str, Group]]: ...
     def put_scored(self, entry_id: str, group: Group) -> bool: ...
-    def fail(self, group_id: str, attempt: int, failure: Failure, budget: int) -> str:
+    def fail(self, group_id: str, attempt: int, failure: Failure, budget: int, *, entry_id: str | None = None) -> str:
         """`pending`, `failed`, or `late` where another answer came first; takes the entry off the stream."""
         ...
 
@@ -135,7 +135,7 @@ class ScoringWorker:
             return
         failure = group_failure(errors, len(rewards), self._min_ok)
         budget = self._section.infra_budget if failure.kind == "infra" else self._section.data_budget
-        state = self._ledger.fail(group.group_id, group.attempt, failure, budget)
+        state = self._ledger.fail(group.group_id, group.attempt, failure, budget, entry_id=entry_id)
         self.counters["groups_late" if state == "late" else "groups_failed"] += 1
         log.warning("group %s is %s after scoring: %s", group.group_id, state, failure.message)
 

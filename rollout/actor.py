@@ -153,7 +153,9 @@ class RolloutLoop:
             group = await self._generate(lease)
         except UserError as error:
             failure = Failure(kind="data", code="prompt_refused", message=str(error))
-            await asyncio.to_thread(self._ledger.fail, lease.group_id, lease.attempt, failure, DATA_BUDGET)
+            await asyncio.to_thread(
+                self._ledger.fail, lease.group_id, lease.attempt, failure, DATA_BUDGET, owner=self._owner
+            )
             return
         finally:
             renewing.cancel()

@@ -18,7 +18,9 @@ class VllmSection(Section):
         "free; on a CPU room for `max_batch_rows` responses at full length, 4 GiB at most.",
     )
     max_context: int | None = Field(
-        default=None, ge=2, description="Longest prompt plus response; null: the model's. Smaller saves memory."
+        default=None,
+        ge=2,
+        description="Longest prompt plus response; null: the model's, which is the most. Smaller saves memory.",
     )
     max_batched_tokens: int | None = Field(
         default=None, ge=1, description="Tokens of a step, prefill included; longer prompts are chunked. null: vLLM's."
@@ -102,12 +104,18 @@ class RolloutSection(Section):
         description="A lease not renewed for this long (s) is given to another actor. Renewed every third of it.",
     )
     lease_losses: int = Field(
-        default=5,
+        default=2,
         ge=0,
-        description="Leases that a group may lose to actors that die or fall silent; one more fails it, with its "
-        "reason. More than chance takes in a long run, and a prompt that kills its actors does not end the run.",
+        description="Leases in a row that a group may lose to actors that die or fall silent; then an actor has it "
+        "alone, and one more lost lease fails it, with its reason. Below `cluster.restarts`: a prompt that kills its "
+        "actors fails before the run does. 0 fails at once all that a dead actor held.",
     )
     poll_s: float = Field(default=0.05, gt=0, description="Pause (s) before an idle actor asks for a lease again.")
+
+    def context(self, models: int | None) -> int | None:
+        """Positions for a prompt and its response: the model's (None: no bound), or fewer where vLLM is given fewer."""
+        own = self.vllm.max_context if self.engine == "vllm" else None
+        return min((bound for bound in (own, models) if bound is not None), default=None)
 
     @property
     def group_limit(self) -> int:

@@ -18,8 +18,7 @@ def check_fits(family: Family, max_context: int | None, prompt_ids: Sequence[int
         return
     if family == "decoder" and len(prompt_ids) + tokens > max_context:
         raise RequestRefused(
-            f"a prompt of {len(prompt_ids)} tokens and a response of {tokens} exceed the model's context of "
-            f"{max_context}"
+            f"a prompt of {len(prompt_ids)} tokens and a response of {tokens} exceed the context of {max_context}"
         )
     if max(len(prompt_ids), tokens) > max_context:
         raise RequestRefused(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rollout.cache_size import BLOCK_SIZE_CPU, cpu_cache_bytes
 from rollout.config import RolloutSection
 from rollout.engine import AttentionRows, Completion, Family, GenerationRequest
+from rollout.prepare import sampling_of
 from rollout.refusals import RequestRefused, check_fits, check_keys
 from rollout.sampling import check_sampling, truncates
 from rollout.vllm_capture.request import extra_args
@@ -43,7 +44,7 @@ class VllmEngine:
     def __init__(self, policy: PolicySection, capture: CaptureSection, rollout: RolloutSection) -> None:
         config = load_config(policy)
         self.family: Family = "decoder"
-        self.max_context: int | None = max_context_of(config)
+        self.max_context: int | None = rollout.context(max_context_of(config))
         self.eos_ids: tuple[int, ...] = eos_ids_of_policy(policy)
         self.layers: tuple[int, ...] = ()
         self._policy = policy
@@ -66,7 +67,11 @@ class VllmEngine:
         return self._capture_s
 
     async def start(self) -> None:
-        """Starts vLLM with the policy's starting weights, and the capture in its workers."""
+        """Starts vLLM with the policy's starting weights, and the capture in its workers.
+
+        Raises UserError where it does not start, the model's attention cannot be captured, or the recipe truncates and
+        this vLLM does not say what it kept: else every prompt would be refused, one by one, to the end of the run.
+        """
         self._llm = await asyncio.to_thread(_start_llm, self._policy, self._section, self.max_context)
         started = (await self._rpc("attune_capture_start", self._capture.model_dump(mode="json")))[0]
         if "refused" in started:
@@ -74,6 +79,13 @@ class VllmEngine:
             raise UserError(f"policy.model {self._policy.model}: {started['refused']}")
         self.layers = tuple(started["layers"])
         self._says_kept_sets = bool(started["kept_sets"])
+        if truncates(sampling_of(self._section)) and not self._says_kept_sets:
+            await self.close()
+            raise UserError(
+                f"rollout.top_p {self._section.top_p} and rollout.top_k {self._section.top_k} truncate, and this vLLM "
+                "does not say which tokens it kept (model runner V2): set top_p to 1 and top_k to 0, or rollout.engine "
+                "to 'transformers'"
+            )
         self._torn = None
         await self._llm.update_weight_version(_label(self._version))
 
@@ -271,7 +283,7 @@ def _start_llm(policy: PolicySection, section: RolloutSection, max_context: int 
         "revision": policy.revision,
         "skip_tokenizer_init": True,
         "dtype": policy.dtype,
-        "max_model_len": own.max_context or max_context,
+        "max_model_len": max_context,
         "max_num_seqs": section.max_batch_rows,
         "tensor_parallel_size": own.tensor_parallel,
         "enable_prefix_caching": True,

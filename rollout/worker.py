@@ -48,16 +48,16 @@ async def build_engine(policy: PolicySection, capture: CaptureSection, rollout: 
     return engine
 
 
-def build_renderer(policy: PolicySection, data: DataSection, max_tokens: int) -> Renderer:
-    """Renders prompts for the policy, and leaves `max_tokens` of its context to the response.
+def build_renderer(policy: PolicySection, data: DataSection, rollout: RolloutSection) -> Renderer:
+    """Renders prompts for the policy, and leaves `max_tokens` of the engine's context to the response.
 
     Raises:
         UserError: the policy's tokenizer or configuration cannot be had, or nothing is left for the prompt.
     """
     config = load_config(policy)
-    context = max_context_of(config)
+    context = rollout.context(max_context_of(config))
     if context is not None and family_of(config) == "decoder":
-        context -= max_tokens  # an encoder's positions are the prompt's alone
+        context -= rollout.max_tokens  # an encoder's positions are the prompt's alone
     return Renderer(load_tokenizer(policy), data, context)
 
 
@@ -83,7 +83,7 @@ class RolloutWorker:
         """`watch` runs beside the loop, and is given what reads the counters."""
         fitted = None if idf is None else Idf.from_json(idf)
         ledger = open_ledger(stream_url, run_id, stream)
-        preparation = Preparation(build_renderer(policy, data, rollout.max_tokens), salience, fitted)
+        preparation = Preparation(build_renderer(policy, data, rollout), salience, fitted)
         self._building: asyncio.Task[RolloutLoop] | None = None
 
         async def build() -> RolloutLoop:

@@ -57,7 +57,7 @@ class GroupRow:
     failure: Failure | None
     """Why it failed; of a pending group, why it went back."""
     losses: int = 0
-    """Leases of it that were lost: the owner died, or fell silent for the length of a lease."""
+    """Leases of it that were lost in a row: the owner died, or fell silent for the length of a lease."""
     leased_at: float | None = None
     """When the present lease was given, and until when it holds (Unix time, s, by Redis's clock)."""
     expires_at: float | None = None

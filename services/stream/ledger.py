@@ -11,7 +11,7 @@ Invariants, and where each is kept:
 3. Groups are leased in their order, only while those before them that have not failed are fewer than the gate's limit,
    and only to an owner that has loaded the gate's version. A batch is the next groups in that order: none is overtaken,
    a failed one is replaced by the next leased. Groups older than allowed are generated again and counted, never trained
-   on.
+   on. A group whose next lost lease would fail it is held alone: nobody has it and another one at a time.
 4. Groups of an epoch that is done as a whole are dropped from the ledger and stay in its numbers (`settle`): what it
    holds is bounded by the epochs under way, not by the length of the run.
 5. What the driver writes is a chain of calls: Redis keeps the name of the last, and a call that does not follow on it
@@ -63,6 +63,9 @@ KEYS_AT_ONCE = 10_000
 _LOOK_AGAIN_S = 0.2
 
 
+WaitReason = Literal["gate", "empty", "no_payload", "alone"]
+
+
 @dataclass(frozen=True)
 class LoadWeights:
     """The owner holds another version than the gate's: it must load this one before it leases."""
@@ -73,17 +76,20 @@ class LoadWeights:
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing to lease now: the gate is shut, no group is pending, or the next one has no prompt yet."""
+    """Nothing to lease now: the gate is shut, no group is pending, the next one has no prompt yet, or one at its last
+    chance is held alone, the next one or the one that the owner has."""
 
-    reason: Literal["gate", "empty", "no_payload"]
+    reason: WaitReason
 
 
 class Ledger(Account):
     """One run's ledger. Safe to use from several threads and processes; every process has its own.
 
-    `lease_losses` (the driver's): leases that a group may lose to owners that die or fall silent; one more fails it,
-    None sets no bound. Every method raises StreamLost where Redis does not answer for `patience_s` seconds, StreamFull
-    where it refuses writes, LedgerError where the request would break an invariant; then nothing has changed.
+    `lease_losses` (the driver's): leases in a row that a group may lose to owners that die or fall silent; one more
+    fails it, None sets no bound.
+
+    Every method raises StreamLost where Redis does not answer for `patience_s` seconds, StreamFull where it refuses
+    writes, LedgerError where the request would break an invariant; then nothing has changed.
     """
 
     def __init__(
@@ -147,7 +153,7 @@ class Ledger(Account):
         if kind == "load":
             return LoadWeights(PolicyVersion(int(reply[1]), int(reply[2])), text(reply[3]))
         if kind == "wait":
-            return Wait(cast(Literal["gate", "empty", "no_payload"], text(reply[1])))
+            return Wait(cast(WaitReason, text(reply[1])))
         return Lease(
             group_id=text(reply[1]),
             attempt=int(reply[2]),
@@ -166,13 +172,26 @@ class Ledger(Account):
         arguments = (group.group_id, group.attempt, version.incarnation, version.step, uuid4().hex, encode_group(group))
         return self._script("put_generated", *arguments) == b"1"
 
-    def fail(self, group_id: str, attempt: int, failure: Failure, budget: int) -> Literal["pending", "failed", "late"]:
+    def fail(
+        self,
+        group_id: str,
+        attempt: int,
+        failure: Failure,
+        budget: int,
+        *,
+        entry_id: str | None = None,
+        owner: str | None = None,
+    ) -> Literal["pending", "failed", "late"]:
         """A leased or generated group could not be generated or scored.
 
         `budget` is how many failures of this kind a group may have and still be tried again: with 0 the first one fails
-        it, and the next group leased takes its place. "late": the attempt is no longer the group's; nothing happened.
+        it, and the next group leased takes its place. A scorer names the entry that it read, a rollout actor itself:
+        the attempt alone may be that of a ledger of before. "late": the attempt, the entry or the lease is no more the
+        group's; nothing happened.
         """
-        arguments = (group_id, attempt, failure.kind, failure.model_dump_json(), budget, uuid4().hex)
+        arguments = (
+            group_id, attempt, failure.kind, failure.model_dump_json(), budget, uuid4().hex, entry_id or "", owner or ""
+        )  # fmt: skip
         return cast(Literal["pending", "failed", "late"], text(self._script("fail", *arguments)))
 
     # ---- a scoring worker
@@ -235,7 +254,8 @@ class Ledger(Account):
     def release(self, owner: str) -> list[str]:
         """What a dead actor held goes back to pending, or failed where a group has lost more than `lease_losses`.
 
-        So that a prompt that takes its actor down with it does not take down the run.
+        So that a prompt that takes its actor down with it does not take down the run: nor its neighbours, for at its
+        last chance it is leased alone.
         """
         return [text(i) for i in self._script("release", owner, self._lease_losses, OWNER_DIED.model_dump_json())]
 

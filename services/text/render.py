@@ -38,11 +38,11 @@ class Renderer:
     """Renders prompts for one tokenizer and one data section. Cheap to make; holds no state."""
 
     def __init__(self, tokenizer: Any, section: DataSection, max_prompt_tokens: int | None = None) -> None:
-        """`max_prompt_tokens`: what the model's context leaves; the section's own limit counts where it is lower."""
+        """`max_prompt_tokens`: what the context leaves; the section's own limit counts where it is lower."""
         limits = [limit for limit in (section.max_prompt_tokens, max_prompt_tokens) if limit is not None]
         self.limit = min(limits) if limits else None
         if self.limit is not None and self.limit < 1:
-            raise UserError(f"rollout.max_tokens: leaves {self.limit} tokens of the model's context for the prompt")
+            raise UserError(f"rollout.max_tokens: leaves {self.limit} tokens of the context for the prompt")
         self.tokenizer = tokenizer
         self.section = section
         has_template = getattr(tokenizer, "chat_template", None) is not None
@@ -65,7 +65,8 @@ class Renderer:
             raise UserError(
                 f"prompt {prompt.prompt_id} of {prompt.source} has {len(rendered.ids)} tokens, allowed are "
                 f"{self.limit}: "
-                "shorten it, set data.too_long: truncate, or leave more of the context (rollout.max_tokens)"
+                "shorten it, set data.too_long: truncate, or leave more of the context (rollout.max_tokens, "
+                "rollout.vllm.max_context)"
             )
         return self._truncate(messages, rendered, prompt)
 

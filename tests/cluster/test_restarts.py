@@ -6,7 +6,7 @@ from cluster.restarts import LONGEST_PAUSE_S, RestartBudget
 def test_pauses_double_until_the_budget_is_used_up() -> None:
     budget = RestartBudget(3, 2.0)
     assert [budget.spend("rollout") for _ in range(4)] == [2.0, 4.0, 8.0, None]
-    assert budget.spend("learner") == 2.0  # another kind has its own
+    assert budget.spend("learner") == 2.0  # another part has its own
 
 
 def test_a_commit_gives_everything_back() -> None:

@@ -18,7 +18,8 @@ from cluster.plan import Part
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir, read_jsonl
 from cluster.supervise import LearnerDied, PartFailed, Running, Supervisor
-from services.errors import PlanError
+from reward_server.worker import ScoringOutage
+from services.errors import PlanError, UserError
 from services.stream.errors import StreamLost
 
 
@@ -117,6 +118,11 @@ class Crew:
         self.supervisor.start_rollouts(self.part, self.rollout)
         self.script: list[Callable[[], object]] = []
 
+    @property
+    def actor(self) -> Actor:
+        """The first rollout actor."""
+        return self.supervisor.rollouts[0].handle
+
     def rollout(self, name: str) -> Running:
         actor = Actor()
         return Running(name, actor, actor.run.remote())
@@ -132,6 +138,11 @@ class Crew:
 
     def lose_rollout(self) -> None:
         self.supervisor.rollouts[0].handle.die()
+
+    def replace(self) -> None:
+        """A death is seen at one look, and another is started at the next."""
+        self.supervisor.check()
+        self.supervisor.check()
 
     def events(self) -> list[str]:
         return [event["event"] for event in read_jsonl(self.run.events)]
@@ -149,6 +160,57 @@ def test_a_rollout_actor_that_dies_once_too_often_while_the_learner_trains_ends_
     with pytest.raises(PartFailed, match="rollout-1 failed: ActorDiedError") as failed:
         crew.train(crew.lose_rollout)
     assert type(failed.value) is PartFailed  # neither the learner's death nor one that is waited out
+
+
+def test_a_node_that_takes_many_actors_with_it_costs_each_of_them_one_restart(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=1)
+    for _ in range(3):
+        crew.supervisor.start_rollouts(crew.part, crew.rollout)
+    for actor in crew.supervisor.rollouts:
+        actor.handle.die()
+    crew.replace()
+    assert crew.events() == ["rollout_died"] * 4 + ["part_started"] * 4
+    assert [actor.name for actor in crew.supervisor.rollouts] == [f"rollout-{n}" for n in range(4, 8)]
+    crew.supervisor.rollouts[2].handle.die()  # in a slot that has had its restart
+    with pytest.raises(PartFailed, match="rollout-6 failed: ActorDiedError"):
+        crew.supervisor.check()
+
+
+def test_a_users_mistake_of_an_actor_whose_place_had_one_that_worked_is_tried_again(tmp_path: Path) -> None:
+    """What vLLM cannot start for is in its words alone: too little memory for a moment reads like a wrong setting."""
+    crew = Crew(tmp_path, restarts=3)
+    mistake = UserError("vLLM does not start with policy.model m: no free memory")
+    crew.supervisor.check()  # its pulse is heard: it is up
+    crew.lose_rollout()
+    crew.replace()
+    for _ in range(2):
+        crew.actor.calls[0].end(error=mistake)
+        crew.replace()
+    assert crew.events() == ["rollout_died", "part_started"] * 3
+    crew.actor.calls[0].end(error=mistake)
+    with pytest.raises(UserError, match="no free memory"):  # and not that a part died
+        crew.supervisor.check()
+
+
+@pytest.mark.parametrize("dies_before", [False, True])
+def test_a_users_mistake_of_the_first_that_comes_up_ends_the_run_at_once(tmp_path: Path, dies_before: bool) -> None:
+    crew = Crew(tmp_path, restarts=3)
+    if dies_before:  # while it came up: that says nothing about its settings
+        crew.lose_rollout()
+        crew.replace()
+    crew.actor.calls[0].end(error=UserError("policy.model: nowhere"))
+    with pytest.raises(UserError, match="nowhere"):
+        crew.supervisor.check()
+
+
+def test_an_outage_of_the_scoring_is_final_whatever_worked_before(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=3)
+    crew.supervisor.check()
+    crew.lose_rollout()
+    crew.replace()
+    crew.actor.calls[0].end(error=ScoringOutage("no answer for 600 s"))
+    with pytest.raises(PartFailed, match="no answer for 600 s"):
+        crew.supervisor.check()
 
 
 def test_a_rank_that_dies_or_does_not_answer_is_the_learners_death(tmp_path: Path) -> None:

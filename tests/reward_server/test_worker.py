@@ -59,8 +59,9 @@ class MemoryLedger:
         self.scored[entry_id] = group
         return True
 
-    def fail(self, group_id: str, attempt: int, failure: Failure, budget: int) -> str:
+    def fail(self, group_id: str, attempt: int, failure: Failure, budget: int, *, entry_id: str | None = None) -> str:
         assert attempt == 1
+        assert entry_id == "0-0"
         self.failures.append((group_id, failure, budget))
         return "pending"
 

@@ -255,7 +255,30 @@ def test_truncated_sampling_records_both_distributions(
         )
 
 
-# ---- prompts that cannot be generated for
+# ---- prompts that cannot be generated for, or kill their actors
+
+
+def test_groups_at_their_last_chance_are_generated_one_at_a_time_and_the_loop_goes_on(
+    client: redis.Redis, engine: TransformersEngine, preparation: Preparation, publish: Publisher
+) -> None:
+    ledger = Ledger(client, f"run-{uuid4().hex[:8]}", lease_losses=1)
+    ids = fill(ledger, *TEXTS)
+    version = PolicyVersion(1, 0)
+    ledger.open_gate(version, publish(version, 0.0), 3)
+    for _ in ids[:2]:
+        assert isinstance(ledger.lease("dies", version, 60.0), Lease)
+    assert ledger.release("dies") == ids[:2]
+    loop = RolloutLoop(engine, ledger, preparation, section(groups_in_flight=3), owner="a", seed=SEED)
+    most = 0
+
+    def done() -> bool:
+        nonlocal most
+        most = max(most, ledger.counts()["leased"])
+        return ledger.counts()["generated"] == 3
+
+    work(loop, done)
+    assert most == 1
+    assert [group.group_id for group in groups(ledger)] == ids
 
 
 def test_a_prompt_too_long_for_the_context_fails_as_data_and_the_next_takes_its_place(
@@ -273,7 +296,7 @@ def test_a_prompt_too_long_for_the_context_fails_as_data_and_the_next_takes_its_
     assert (row.failure.kind, row.failure.code) == ("data", "prompt_refused")
     tokens = len(prepare(prompt_of(LONG), preparation).rendered.ids)
     assert tokens > 96
-    expected = f"a prompt of {tokens} tokens and a response of 8 exceed the model's context of 96"
+    expected = f"a prompt of {tokens} tokens and a response of 8 exceed the context of 96"
     assert row.failure.message == f"prompt {prompt_of(LONG).prompt_id}: {expected}"
     assert loop.counters.groups == 2
     assert "failures_infra" not in ledger.counters()

@@ -14,14 +14,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rollout import vllm_engine
 from rollout.config import RolloutSection, VllmSection
 from rollout.engine import AttentionRows, Completion, GenerationRequest, KeySets, Sampling
 from rollout.refusals import RequestRefused
 from rollout.transformers_engine import TransformersEngine
-from rollout.worker import build_engine
+from rollout.vllm_engine import VllmEngine
+from rollout.worker import build_engine, build_renderer
 from services.attention.config import CaptureSection
+from services.errors import UserError
 from services.models_config import PolicySection
-from services.records import PolicyVersion
+from services.records import PolicyVersion, Prompt
+from services.text.config import DataSection
 from services.weights import Corrupt, write_bucket, write_manifest
 
 VOCABULARY = 512
@@ -99,6 +103,74 @@ class Host:
 
     def kill(self) -> None:
         self._ray.kill(self._actor)
+
+
+class NoLLM:
+    """A vLLM that has come up, of a model runner that does not say what it kept."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        assert (method, len(args)) == ("attune_capture_start", 1)
+        return [{"layers": [1], "kept_sets": False}]
+
+    async def update_weight_version(self, label: str) -> None:
+        assert label == "0.0"
+
+    def shutdown(self) -> None:
+        self.ended = True
+
+
+def test_a_recipe_that_truncates_does_not_start_where_no_prompt_could_be_generated(
+    policy: PolicySection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = NoLLM()
+    monkeypatch.setattr(vllm_engine, "_start_llm", lambda *_: llm)
+
+    def started(**sampling: Any) -> VllmEngine:
+        section = RolloutSection(engine="vllm", truncation="replay", **sampling)
+        engine = VllmEngine(policy, CaptureSection(), section)
+        asyncio.run(engine.start())
+        return engine
+
+    engine = started()
+    with pytest.raises(RequestRefused, match="does not say which tokens it kept"):  # and one request is still refused
+        asyncio.run(engine.generate([prompt(4, 1, top_k=5)]))
+    assert not llm.ended
+    with pytest.raises(UserError, match=r"rollout\.top_p 0\.9 and rollout\.top_k 0 truncate"):
+        started(top_p=0.9)
+    assert llm.ended
+
+
+@pytest.mark.parametrize(("own", "longest"), [(None, 96), (40, 40), (200, 96)])
+def test_a_context_shorter_than_the_models_bounds_prompts_before_vllm_sees_them(
+    tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch, own: int | None, longest: int
+) -> None:
+    given: list[int | None] = []
+
+    def start(policy: PolicySection, section: RolloutSection, max_context: int | None) -> NoLLM:
+        del policy, section
+        given.append(max_context)
+        return NoLLM()
+
+    monkeypatch.setattr(vllm_engine, "_start_llm", start)
+    policy = PolicySection(model=str(tiny_decoder))
+    section = RolloutSection(engine="vllm", max_tokens=8, vllm=VllmSection(max_context=own))
+    engine = VllmEngine(policy, CaptureSection(), section)
+    asyncio.run(engine.start())
+    assert (engine.max_context, given) == (longest, [longest])
+    with pytest.raises(RequestRefused, match=f"exceed the context of {longest}"):
+        asyncio.run(engine.generate([prompt(longest - 7, 1, max_tokens=8)]))
+    renderer = build_renderer(policy, DataSection(), section)  # the driver's too, before anything is started
+    assert renderer.limit == longest - 8
+    with pytest.raises(UserError, match=f"allowed are {longest - 8}"):
+        renderer.render(Prompt(prompt_id="p", source="tests", text="Which river runs through Oslo? " * 20))
+
+
+def test_the_context_given_to_vllm_bounds_no_other_engine(tiny_decoder: Path) -> None:
+    section = RolloutSection(engine="transformers", max_tokens=8, vllm=VllmSection(max_context=40))
+    assert build_renderer(PolicySection(model=str(tiny_decoder)), DataSection(), section).limit == 88
 
 
 @pytest.fixture(scope="module")

@@ -147,6 +147,84 @@ def test_a_group_that_every_actor_loses_fails_in_the_end(client: redis.Redis, ne
     desk.ledger.flush()
 
 
+def test_a_prompt_that_kills_its_actors_fails_without_its_neighbours(client: redis.Redis, new_desk: Any) -> None:
+    """Each actor has four groups in hand, as far as it is given so many, and dies while 0:p1 is one of them."""
+    desk = new_desk(Ledger(client, f"kills-{uuid4().hex[:8]}", lease_losses=2))
+    ids = desk.fill(5)
+    ledger: Ledger = desk.ledger
+    for n in range(2):
+        assert [desk.lease(f"dies-{n}").group_id for _ in range(4)] == ids[:4]
+        assert ledger.release(f"dies-{n}") == ids[:4]
+    others: list[Lease] = []
+    for owner, group_id in zip("abcd", ids, strict=False):
+        others.append(desk.lease(owner))
+        assert others[-1].group_id == group_id
+        for _ in range(2):
+            assert ledger.lease(owner, desk.V0, 60) == Wait("alone")  # nothing else while it has that one
+    assert desk.lease("e").group_id == ids[4]  # the others go on
+    assert ledger.release("b") == [ids[1]]
+    assert [row.group_id for row in ledger.list("failed")] == [ids[1]]
+    assert ledger.put_generated(desk.group_of(others[0]))
+    assert ledger.lease("a", desk.V0, 60) == Wait("empty")  # it may have another one again
+    ledger.release("e")
+    assert desk.lease("a").group_id == ids[4]
+    ledger.flush()
+
+
+def test_a_group_at_its_last_chance_waits_for_an_owner_with_nothing_else(client: redis.Redis, new_desk: Any) -> None:
+    desk = new_desk(Ledger(client, f"alone-{uuid4().hex[:8]}", lease_losses=1))
+    desk.fill(4)
+    ledger: Ledger = desk.ledger
+    desk.lease("dies")
+    desk.lease("busy")
+    busy = desk.lease("busy")
+    ledger.release("dies")
+    assert ledger.lease("busy", desk.V0, 60) == Wait("alone")  # and 0:p3 does not overtake it
+    assert desk.lease("free").group_id == "0:p0"
+    assert desk.lease("busy").group_id == "0:p3"
+    ledger.release("free")
+    assert ledger.lease("busy", desk.V0, 60) == Wait("empty")  # it has failed
+    assert ledger.put_generated(desk.group_of(busy))
+    ledger.flush()
+
+
+@pytest.mark.parametrize("how", ["generated", "failed", "committed", "reconciled", "rebuilt"])
+def test_a_last_chance_ends_with_what_becomes_of_the_group(client: redis.Redis, new_desk: Any, how: str) -> None:
+    desk = new_desk(Ledger(client, f"last-{uuid4().hex[:8]}", lease_losses=1))
+    ids = desk.fill(3)
+    ledger: Ledger = desk.ledger
+    desk.lease("dies")
+    ledger.release("dies")
+    if how == "generated":  # and generated once more, as where its samples are lost
+        assert ledger.put_generated(desk.group_of(desk.lease("a")))
+        ((entry, _),) = ledger.read_generated("s", 9, 1, 60_000)
+        assert ledger.fail(ids[0], 2, desk.INFRA, 5, entry_id=entry) == "pending"
+    elif how == "failed":
+        ledger.mark_failed({ids[0]: desk.DATA})
+    elif how == "committed":
+        ledger.commit({0: [ids[0]]})
+        ledger.reconcile({}, {})  # by a commit that the run does not go on from
+    elif how == "rebuilt":
+        ledger.forget()
+        ledger.claim()
+        ledger.register(0, [(group_id, n) for n, group_id in enumerate(ids)])
+        ledger.rebuild({}, {}, {}, None)
+    else:  # a driver that starts again takes leases back; none of them is a loss, and the last chance stays one
+        assert desk.lease("a").group_id == ids[0]
+        ledger.reconcile({}, {})
+        assert next(ledger.list("pending")).losses == 1
+    desk.fill(3)  # its prompt again, where it was dropped
+    first = ids[1 if how == "failed" else 0]
+    assert desk.lease("a").group_id == first
+    if how == "reconciled":
+        assert ledger.lease("a", desk.V0, 60) == Wait("alone")
+    else:
+        desk.lease("a")
+        assert first in ledger.release("a")
+        assert ledger.counts()["failed"] == (how == "failed")  # all that it lost before is forgotten
+    ledger.flush()
+
+
 def test_a_slow_owner_loses_nothing_however_long_it_takes(client: redis.Redis, new_desk: Any) -> None:
     """With no loss allowed at all: what is renewed is waited for, and its batch with it."""
     desk = new_desk(Ledger(client, f"slow-{uuid4().hex[:8]}", lease_losses=0))
@@ -191,6 +269,28 @@ def test_an_answer_by_older_weights_than_the_lease_is_late(desk: Any) -> None:
     assert new.attempt == old.attempt
     assert not desk.ledger.put_generated(desk.group_of(old, PolicyVersion(0, 7)))
     assert desk.ledger.put_generated(desk.group_of(new, PolicyVersion(1, 1)))  # newer ones are welcome
+
+
+def test_a_failure_from_before_a_ledger_was_made_anew_fails_no_group_of_the_new_one(desk: Any) -> None:
+    """Attempts begin again: an actor and a scorer of before may hold the same one."""
+    ledger: Ledger = desk.ledger
+    desk.fill(2)
+    before = [desk.lease("old"), desk.lease("old")]
+    assert ledger.put_generated(desk.group_of(before[0]))
+    ((entry, _),) = ledger.read_generated("scorer", 9, 1, 60_000)
+    ledger.flush()
+    desk.fill(2)
+    again = [desk.lease("new"), desk.lease("new")]
+    assert [lease.attempt for lease in again] == [lease.attempt for lease in before]
+    assert ledger.put_generated(desk.group_of(again[0]))
+    ((present, _),) = ledger.read_generated("scorer", 9, 1, 60_000)
+    assert ledger.fail("0:p0", 1, desk.DATA, 0, entry_id=entry) == "late"
+    assert ledger.fail("0:p1", 1, desk.DATA, 0, entry_id=entry) == "late"  # leased: it has no entry
+    assert ledger.fail("0:p0", 1, desk.DATA, 0, owner="new") == "late"  # generated: it is the scorer's
+    assert ledger.fail("0:p1", 1, desk.DATA, 0, owner="old") == "late"
+    assert ledger.counters() == {"late_failures": 4}
+    assert ledger.fail("0:p0", 1, desk.DATA, 0, entry_id=present) == "failed"
+    assert ledger.fail("0:p1", 1, desk.DATA, 0, owner="new") == "failed"
 
 
 def test_scores_are_accepted_once_and_for_the_present_entry_alone(desk: Any, client: redis.Redis) -> None:

@@ -40,6 +40,7 @@ SIZE = 2
 KILLS = 3
 """Restarts of Redis in one example: each takes a tenth of a second and more."""
 DATA_BUDGET, INFRA_BUDGET = 1, 2
+LOSSES = 1
 PROMPTS_AN_EPOCH, EPOCHS = 7, 3
 
 
@@ -57,6 +58,12 @@ class Known:
     step: int | None = None
     version: PolicyVersion | None = None
     failures: dict[str, int] = field(default_factory=lambda: {"infra": 0, "data": 0})
+    losses: int = 0
+
+    @property
+    def alone(self) -> bool:
+        """It is at its last chance."""
+        return self.losses == LOSSES and self.state in ("pending", "leased")
 
 
 class DriverDied(BaseException):
@@ -87,7 +94,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             self.past: dict[str, set[tuple[str, int]]] = {}  # states and attempts that a group ever had
 
         def new_driver(self) -> None:
-            self.ledger = Ledger(client, self.run_id)
+            self.ledger = Ledger(client, self.run_id, lease_losses=LOSSES)
             self.ledger.on_lost = self.rebuild
             self.desk = desk_type(self.ledger)
 
@@ -128,7 +135,13 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
                 group.step = None
             if state in ("committed", "failed"):
                 group.payload = False
+            if state in ("generated", "committed"):
+                group.losses = 0
             self.note(group_id)
+
+        def lose(self, group_id: str) -> None:
+            self.groups[group_id].losses += 1
+            self.to(group_id, "failed" if self.groups[group_id].losses > LOSSES else "pending")
 
         def note(self, group_id: str) -> None:
             group = self.groups[group_id]
@@ -187,6 +200,8 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
                 assert answer == Wait("gate")
             elif not self.groups[pending[0]].payload:
                 assert answer == Wait("no_payload")
+            elif any(g.alone or self.groups[pending[0]].alone for g in self.groups.values() if g.owner == owner):
+                assert answer == Wait("alone")
             else:
                 group = self.groups[pending[0]]
                 self.to(pending[0], "leased")
@@ -225,6 +240,18 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             answers = list(range(known_before, len(self.leases)))
             for index in answers if first else reversed(answers):
                 self.answer_nth(index)
+
+        @rule(dies_again=st.booleans())
+        def dead_actor(self, dies_again: bool) -> None:
+            """What it held is at its last chance: another that is at work waits, an idle one takes it."""
+            self.attach(3)
+            self.lease("a", True, True)
+            self.lease("b", True, True)
+            self.release("a")
+            for owner in "bac":
+                self.lease(owner, True, True)
+            if dies_again:
+                self.release("a")
 
         @rule(staleness=st.sampled_from([1, 1, 0]), then=st.sampled_from(["go on", "commit", "cut off", "crash"]))
         def good_step(self, staleness: int, then: str) -> None:
@@ -316,14 +343,14 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
             due = {i for i in self.among("leased") if self.groups[i].expired}
             assert set(self.ledger.expire_leases()) == due
             for group_id in due:
-                self.to(group_id, "pending")
+                self.lose(group_id)
 
         @rule(owner=st.sampled_from("abc"))
         def release(self, owner: str) -> None:
             held = [i for i in self.among("leased") if self.groups[i].owner == owner]
             assert self.ledger.release(owner) == held
             for group_id in held:
-                self.to(group_id, "pending")
+                self.lose(group_id)
 
         @rule(final=st.booleans(), staleness=st.sampled_from([None, 1, 1, 0]))
         def train(self, final: bool, staleness: int | None) -> None:
@@ -594,6 +621,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
                     if known.state in ("consumed", "committed"):  # the driver's doing, of which nothing is lost
                         assert (state, row.step) == (known.state, known.step)
                     names = ("prompt", "entry", "failures_infra", "failures_data")
+                    known.losses = row.losses
                     prompt, entry, *failures = client.hmget(f"{prefix}group:{row.group_id}", *names)
                     known.state, known.attempt, known.owner, known.step = state, row.attempt, row.owner, row.step
                     known.expired = row.expires_at is not None and row.expires_at <= self.ledger.now() + 60
@@ -613,7 +641,7 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
                 for row in rows:
                     known = self.groups[row.group_id]
                     assert (row.order, row.attempt, row.owner) == (known.order, known.attempt, known.owner)
-                    assert row.step == known.step
+                    assert (row.step, row.losses) == (known.step, known.losses)
                     assert (row.failure is not None) >= (state == "failed")
                     self.note(row.group_id)
 
@@ -631,6 +659,14 @@ def machine(server: EmbeddedRedis, client: redis.Redis, desk_type: Any) -> type[
                 fields = client.hmget(key, "state", "entry", "prompt")
                 assert fields[0] == known.state.encode()
                 assert (fields[1] is not None, fields[2] is not None) == (known.entry, known.payload)
+
+        @invariant()
+        def nobody_holds_a_last_chance_and_another_group(self) -> None:
+            marked = {group_id.decode() for group_id in client.smembers(f"{self.ledger._prefix}alone")}
+            assert marked == {i for i, group in self.groups.items() if group.alone}
+            leased = [self.groups[i] for i in self.among("leased")]
+            for owner in (group.owner for group in leased if group.alone):
+                assert len([group for group in leased if group.owner == owner]) == 1
 
         @invariant()
         def once_and_in_order(self) -> None:

@@ -7,6 +7,8 @@ local P = KEYS[1]
 -- waits until it is done.
 if redis.call('EXISTS', P .. 'forgetting') == 1 then return redis.error_reply('FORGETTING the ledger is being made anew') end
 local SETTLED = P .. 'settled'
+-- Groups, pending or leased, that have lost as many leases as they may: one more fails them (`lose`, lease.lua).
+local ALONE = P .. 'alone'
 local STREAM_GENERATED, STREAM_SCORED = P .. 'stream:generated', P .. 'stream:scored'
 local SCORERS = 'scorers'
 local STATES = { 'pending', 'leased', 'generated', 'scored', 'consumed', 'committed', 'failed' }
@@ -85,6 +87,9 @@ local function move(id, from, to)
     if redis.call('HEXISTS', key, 'prompt') == 0 then
       redis.call('ZADD', P .. 'bare', redis.call('HGET', key, 'order'), id)
     end
+  elseif to == 'generated' then
+    -- It is not what its owners died of.
+    redis.call('HDEL', key, 'losses')
   elseif to == 'failed' then
     redis.call('HDEL', key, 'prompt', 'call', 'reply')
   elseif to == 'committed' then
@@ -92,6 +97,7 @@ local function move(id, from, to)
     redis.call('HDEL', key, 'prompt', 'call', 'reply', 'failure', 'losses', 'failures_infra', 'failures_data',
       'version_inc', 'version_step')
   end
+  if to ~= 'pending' and to ~= 'leased' then redis.call('SREM', ALONE, id) end
   -- A bell, not work: whoever waits for a batch looks again. So this stream alone is trimmed.
   if to == 'scored' or to == 'failed' then
     redis.call('XADD', P .. 'stream:bell', 'MAXLEN', '~', '256', '*', 'to', to)
@@ -102,7 +108,9 @@ end
 -- ('' any number): one more fails it.
 local function lose(id, allowed, failure)
   local n = redis.call('HINCRBY', group_key(id), 'losses', 1)
-  move(id, 'leased', allowed ~= '' and n > tonumber(allowed) and 'failed' or 'pending')
+  local most = tonumber(allowed)
+  move(id, 'leased', most and n > most and 'failed' or 'pending')
+  if n == most then redis.call('SADD', ALONE, id) end
   redis.call('HSET', group_key(id), 'failure', failure)
 end
 

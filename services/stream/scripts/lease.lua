@@ -29,6 +29,21 @@ end
 if admitted >= tonumber(gate[4]) then return { 'wait', 'gate' } end
 if redis.call('HEXISTS', key, 'prompt') == 0 then return { 'wait', 'no_payload' } end
 
+-- A group at its last chance is held alone, for what is held with it loses its lease with it, and would fail beside it.
+-- Whoever holds others finishes them first; nobody overtakes the group meanwhile.
+local function holds_one_of(ids)
+  for _, held in ipairs(ids) do
+    if redis.call('HGET', group_key(held), 'owner') == owner then return true end
+  end
+  return false
+end
+
+local alone = redis.call('SMEMBERS', ALONE)
+if holds_one_of(alone) then return { 'wait', 'alone' } end
+if redis.call('SISMEMBER', ALONE, id) == 1 and holds_one_of(redis.call('ZRANGE', state_key('leased'), 0, -1)) then
+  return { 'wait', 'alone' }
+end
+
 local now = now_ms()
 local expires = text(now + ttl)
 move(id, 'pending', 'leased')
