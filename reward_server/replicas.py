@@ -27,7 +27,11 @@ STEADY_S = 300.0
 
 
 class ReplicaLost(Exception):  # noqa: N818 - reads as what it says where it is raised
-    """A replica died, or did not answer in time and counts as dead; or none lives."""
+    """A replica died, or did not answer in time and counts as dead."""
+
+
+class NoReplica(ReplicaLost):
+    """None lives: the batch was given to nobody, so that it is not what took one down."""
 
 
 class Replica(Protocol):
@@ -94,7 +98,7 @@ class ReplicaRunner:
 
     def run(self, rows: Sequence[Row]) -> list[Output]:
         tried: set[Replica] = set()
-        error: Exception = ReplicaLost(f"no replica of {self._name} lives")
+        error: Exception = NoReplica(f"no replica of {self._name} lives")
         while (replica := self._take(tried)) is not None:
             tried.add(replica)
             try:
