@@ -110,6 +110,7 @@ class ScoringWorker:
         )
         self._at_hand, self._at_hand_since = len(entries), time.monotonic()
         if not entries:
+            self._failing_since = None  # nobody asks the server meanwhile: that is no time in which it fails
             return 0
         items = [item for _, group in entries for item in group_items(group)]
         try:

@@ -195,6 +195,23 @@ def test_a_batch_is_held_while_nobody_is_there_to_score() -> None:
     assert not ledger.failures
 
 
+def test_time_without_groups_is_no_outage() -> None:
+    async def go() -> None:
+        server = RewardServer(RewardSection(), token="t", scorers={"attention": Flaky(99)})
+        async with RewardClient(await server.start(), "t", 5, retries=0) as client:
+            ledger = MemoryLedger(group(sample(0), sample(1)))
+            worker = ScoringWorker(ledger, client, FAST, 2, consumer="w0")
+            assert await worker.step() == 1
+            assert await worker.step() == 0
+            await asyncio.sleep(2 * FAST.outage_s)
+            ledger.entries = [("1-0", group(sample(0), sample(1)))]
+            assert await worker.step() == 1
+        await server.stop()
+        assert [failure.code for _, failure, _ in ledger.failures] == ["source_timeout"] * 2
+
+    asyncio.run(go())
+
+
 def test_a_source_that_stays_down_is_an_outage() -> None:
     ledger = MemoryLedger(group(sample(0), sample(1)))
     with pytest.raises(ScoringOutage, match=r"has scored nothing for .*last: .*late"):
