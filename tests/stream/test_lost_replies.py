@@ -16,16 +16,17 @@ from services.stream.ledger import Ledger
 
 
 @pytest.fixture
-def lossy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Ledger], None]:
-    """From now on the first reply to every script of a ledger gets lost on its way, after Redis has done it."""
+def lossy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """From now on the first reply to every script (or other command) of a ledger gets lost on its way, after Redis has
+    done it."""
 
-    def make(ledger: Ledger) -> None:
+    def make(ledger: Ledger, *commands: str) -> None:
         send = ledger._calls._execute
         lost: set[Any] = set()
 
         def execute(*args: Any) -> Any:
             reply = send(*args)
-            if args[0] in ("EVALSHA", "EVAL") and args[2:] not in lost:
+            if args[0] in (commands or ("EVALSHA", "EVAL")) and args[2:] not in lost:
                 lost.add(args[2:])
                 raise redis.ConnectionError("the line was cut")
             return reply
@@ -35,7 +36,7 @@ def lossy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Ledger], None]:
     return make
 
 
-def test_nothing_happens_twice(desk: Any, lossy: Callable[[Ledger], None]) -> None:
+def test_nothing_happens_twice(desk: Any, lossy: Callable[..., None]) -> None:
     ledger: Ledger = desk.ledger
     lossy(ledger)
     ids = desk.fill(4)
@@ -47,6 +48,25 @@ def test_nothing_happens_twice(desk: Any, lossy: Callable[[Ledger], None]) -> No
     ledger.commit({0: ids[:3]})
     assert ledger.counts()["committed"] == 3
     assert ledger.counters() == {"failures_data": 2}
+
+
+@pytest.mark.parametrize("command", ["XREADGROUP", "XAUTOCLAIM"])
+def test_what_a_lost_reply_gave_to_a_scorer_is_read_next(desk: Any, lossy: Callable[..., None], command: str) -> None:
+    """It is the scorer's by then, and nobody else's for as long as a dead one's is."""
+    ledger: Ledger = desk.ledger
+    ids = desk.fill(3)
+    desk.generate(2)
+    idle_ms = 3_600_000
+    assert ledger.read_generated("scorer", 9, 1, idle_ms) != []
+    desk.score()
+    desk.generate(1)
+    if command == "XAUTOCLAIM":
+        assert len(ledger.read_generated("dies", 9, 1, idle_ms)) == 1
+        idle_ms = 1_000
+        time.sleep(1.1)
+    lossy(ledger, command)
+    assert ledger.read_generated("scorer", 9, 1, idle_ms) == []
+    assert [group.group_id for _, group in ledger.read_generated("scorer", 9, 1, idle_ms)] == ids[2:]
 
 
 def test_a_restart_of_redis_is_waited_out(tmp_path: Path, new_desk: Any) -> None:
