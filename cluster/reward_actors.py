@@ -47,7 +47,7 @@ class RewardActor(RewardServer):
 
             def started(name: str) -> ReplicaRunner:
                 replicas = [ActorReplica(handle, ray, load_s=load_s) for handle in models[name]]
-                return ReplicaRunner(name, replicas, restarts=placed[name].restarts)
+                return ReplicaRunner(name, replicas, restarts=placed[name].restarts, needs_all=False)
 
             placed = placed_models(section)
             return start_all({name: partial(started, name) for name in models})

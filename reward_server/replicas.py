@@ -27,7 +27,11 @@ STEADY_S = 300.0
 
 
 class ReplicaLost(Exception):  # noqa: N818 - reads as what it says where it is raised
-    """A replica died, or did not answer in time and counts as dead; or none lives."""
+    """A replica died, or did not answer in time and counts as dead."""
+
+
+class NoReplica(ReplicaLost):
+    """None lives: the batch was given to nobody, so that it is not what took one down."""
 
 
 class Replica(Protocol):
@@ -52,9 +56,19 @@ class ReplicaRunner:
     failed, the last error is raised. A replica that is lost is started again, with growing pauses, up to `restarts`
     times in a row."""
 
-    def __init__(self, name: str, replicas: Sequence[Replica], *, restarts: int, wait_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        replicas: Sequence[Replica],
+        *,
+        restarts: int,
+        wait_s: float = 120.0,
+        needs_all: bool = True,
+    ) -> None:
         """Waits until all are loaded. `name`: the source's, for messages; `wait_s`: deadline for a free replica.
 
+        Without `needs_all` it begins with those that start, if one does, and those that are dead or late count as lost:
+        where replicas outlive the server, one that is gone for good must not keep the next server from the others.
         Raises what a replica raised while it loaded, ValueError where the replicas are not of one model."""
         self._name = name
         self._restarts = restarts
@@ -66,7 +80,11 @@ class ReplicaRunner:
         try:
             with ThreadPoolExecutor(max(1, len(replicas))) as pool:
                 starting = [pool.submit(replica.start) for replica in replicas]
-            facts = [future.result() for future in starting]
+            errors = {replica: future.exception() for replica, future in zip(replicas, starting, strict=True)}
+            lost = [replica for replica, error in errors.items() if isinstance(error, ReplicaLost | Deadline)]
+            if needs_all or len(lost) == len(replicas):
+                lost = []  # no loss to bear, but the error to raise
+            facts = [future.result() for replica, future in zip(replicas, starting, strict=True) if replica not in lost]
             if not facts or any(one != facts[0] for one in facts):
                 revisions = len({one.revision for one in facts})
                 raise ValueError(f"{len(facts)} replicas of {revisions} models, one is needed")
@@ -77,7 +95,10 @@ class ReplicaRunner:
         now = time.monotonic()
         self._since = dict.fromkeys(self._replicas, now)
         self._living = set(self._replicas)
-        self._free = deque(self._replicas)
+        self._free = deque(replica for replica in self._replicas if replica not in lost)
+        for replica in lost:
+            log.error("a replica of %s did not start: %s", name, errors[replica])
+            self._lose(replica)
 
     @property
     def facts(self) -> ModelFacts:
@@ -94,7 +115,7 @@ class ReplicaRunner:
 
     def run(self, rows: Sequence[Row]) -> list[Output]:
         tried: set[Replica] = set()
-        error: Exception = ReplicaLost(f"no replica of {self._name} lives")
+        error: Exception = NoReplica(f"no replica of {self._name} lives")
         while (replica := self._take(tried)) is not None:
             tried.add(replica)
             try:

@@ -61,12 +61,17 @@ class ErrorCode(StrEnum):
     # of the service
     SOURCE_ERROR = "source_error"
     SOURCE_TIMEOUT = "source_timeout"
+    # nobody was there to score, so that it says nothing of the item: no replica of the model lives, nobody listens at
+    # another service's address
+    SOURCE_DOWN = "source_down"
     # of another service that a source asks: it gave no usable answer, or it says itself that the item failed
     UPSTREAM_UNAVAILABLE = "upstream_unavailable"
     UPSTREAM_FAILED = "upstream_failed"
 
 
-INFRA_CODES = frozenset({ErrorCode.SOURCE_ERROR, ErrorCode.SOURCE_TIMEOUT, ErrorCode.UPSTREAM_UNAVAILABLE})
+INFRA_CODES = frozenset(
+    {ErrorCode.SOURCE_ERROR, ErrorCode.SOURCE_TIMEOUT, ErrorCode.SOURCE_DOWN, ErrorCode.UPSTREAM_UNAVAILABLE}
+)
 """Codes of kind `infra`: the same item may well be scored elsewhere, or later. All others are of kind `data`."""
 
 

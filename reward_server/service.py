@@ -17,6 +17,7 @@ from reward_server.logs import where
 from reward_server.metrics import Metrics
 from reward_server.model_sources_config import AskingSource
 from reward_server.progress import Progress
+from reward_server.replicas import NoReplica
 from reward_server.runner import ModelRunner
 from reward_server.schema import (
     AttentionRows,
@@ -150,6 +151,9 @@ class ScoringService:
         except TimeoutError:
             message = f"source {name} did not answer within {self.section.source_timeout_s:g} s"
             answers = [Scored(failed_component(ErrorCode.SOURCE_TIMEOUT, message))] * len(items)
+        except NoReplica:
+            message = f"no replica of source {name}'s model lives"
+            answers = [Scored(failed_component(ErrorCode.SOURCE_DOWN, message))] * len(items)
         except Exception as problem:
             log.error("source %s failed: %s", name, where(problem))
             message = f"source {name} raised {type(problem).__name__}"

@@ -110,6 +110,7 @@ class ScoringWorker:
         )
         self._at_hand, self._at_hand_since = len(entries), time.monotonic()
         if not entries:
+            self._failing_since = None  # nobody asks the server meanwhile: that is no time in which it fails
             return 0
         items = [item for _, group in entries for item in group_items(group)]
         try:
@@ -148,18 +149,25 @@ class ScoringWorker:
         ]
 
     async def _score_batch(self, items: Sequence[Item]) -> list[tuple[Result, ServerInfo | None]]:
-        """Results of one request's items; those that failed as infra are asked for again, `retries` times."""
+        """Results of one request's items; those that failed as infra are asked for again, `retries` times.
+
+        A try says nothing of the items, and is not counted, where the server gave no usable answer or none was there to
+        score (`source_down`): the items are held until there is, at most `outage_s`. Anything else is counted although
+        nothing got through: an item that takes the model down with it, or that a service rejects, spends its group's
+        budget and does not hold up the others.
+        """
         found: dict[int, tuple[Result, ServerInfo | None]] = {}
         left: list[int] = list(range(len(items)))
-        tries = 0
+        tries = pauses = 0
+        held = False
         while left:
             batch = [items[i] for i in left]
             try:
                 answer = await self._client.score(batch)
             except RewardUnavailable as failure:
                 self._note_failure(str(failure))
-                tries += 1
-                await self._pause(tries)
+                pauses += 1
+                await self._pause(pauses)
                 continue
             except RewardRefused as refusal:
                 if refusal.status != 413:
@@ -170,17 +178,24 @@ class ScoringWorker:
                 break
             found.update((i, (result, answer.server)) for i, result in zip(left, answer.results, strict=True))
             infra: list[int] = [i for i in left if _is_infra(found[i][0])]
+            down = any(_is_down(found[i][0]) for i in infra)
+            if held and not down:
+                # Somebody is there again. What these items do to it is no part of the outage that was waited out.
+                self._failing_since, pauses = None, 0
+            held = down
             if len(infra) < len(left):
                 self._failing_since = None
             else:
                 error = found[infra[0]][0].error
                 self._note_failure(f"{self._client.url}: {error.message if error else 'failed'}")
-            if tries >= self._section.retries:
-                break
+            if not down:
+                if tries >= self._section.retries:
+                    break
+                tries += 1
             left = infra
-            tries += 1
             if left:
-                await self._pause(tries)
+                pauses += 1
+                await self._pause(pauses)
         return [found[i] for i in range(len(items))]
 
     async def _score_smaller(self, items: Sequence[Item], why: str) -> list[tuple[Result, ServerInfo | None]]:
@@ -218,6 +233,10 @@ class _Stopped(Exception):  # noqa: N818
 
 def _is_infra(result: Result) -> bool:
     return result.error is not None and result.error.kind == "infra"
+
+
+def _is_down(result: Result) -> bool:
+    return result.error is not None and result.error.code is ErrorCode.SOURCE_DOWN
 
 
 def failed_result(item_id: str, error: ItemError) -> Result:

@@ -17,7 +17,6 @@ from rollout.engine import Engine
 from rollout.prepare import Preparation, group_of, group_seed, prepare, request_of, sampling_of
 from services.errors import UserError
 from services.records import Failure, Group, Lease, PolicyVersion
-from services.stream.errors import StreamLost
 from services.stream.ledger import Ledger, LoadWeights, Wait
 from services.transfer.offer import Broken, is_offer, read_offer
 from services.weights import Corrupt
@@ -202,8 +201,9 @@ class RolloutLoop:
                 await asyncio.to_thread(
                     self._ledger.renew, self._owner, lease.group_id, lease.attempt, self._section.lease_s
                 )
-            except StreamLost as lost:
-                # Redis may be back before the group is done: then it is not to be lost for want of a renewal.
-                log.warning("%s: a lease is not renewed: %s", self._owner, lost)
+            except Exception as error:
+                # Redis may be back, or have room again, before the group is done: then it is not to be lost for want
+                # of a renewal. What stays wrong ends the actor in its own calls.
+                log.warning("%s: a lease is not renewed: %s", self._owner, error)
                 continue
             self.counters.renewed += 1

@@ -38,7 +38,7 @@ class Scorer(Protocol):
 
     async def score(self, items: Sequence[Item]) -> Sequence[Scored]:
         """A component for each item, in order. What concerns one item fails that item; an exception is the source's
-        own failure and fails them all as `source_error` (infra)."""
+        own failure and fails them all as `source_error`, NoReplica as `source_down` (infra)."""
         ...
 
 

@@ -46,7 +46,7 @@ class ExternalScorer:
                 timeout_s=source.timeout_s, retries=source.retries,
             )  # fmt: skip
         except ItemFailure as failure:
-            if failure.code is ErrorCode.UPSTREAM_UNAVAILABLE or len(values) == 1:
+            if failure.code is not ErrorCode.UPSTREAM_FAILED or len(values) == 1:
                 return [failed(failure)] * len(values)
             # Refused as a whole: in halves, so that an item fails for what is wrong with itself alone.
             middle = len(values) // 2
@@ -89,6 +89,8 @@ def _native_score(result: Result) -> Scored:
     assert result.error is not None
     infra = result.error.kind == "infra"
     code = ErrorCode.UPSTREAM_UNAVAILABLE if infra else ErrorCode.UPSTREAM_FAILED
+    if result.error.code is ErrorCode.SOURCE_DOWN:
+        code = ErrorCode.SOURCE_DOWN
     return failed(ItemFailure(code, f"{result.error.code}: {result.error.message}"))
 
 

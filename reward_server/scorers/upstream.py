@@ -1,8 +1,9 @@
 """Asking another service over HTTP, at an address of the operator, never of a request.
 
-What goes wrong has two names: no usable answer (time-out, lost connection, 408, 429, 5xx, garbage) is
-`upstream_unavailable` (infra), after `retries` further tries; a refusal (other 4xx) is `upstream_failed` (data), as the
-same item is refused again. 401 and 403 are the operator's to mend, so infra.
+What goes wrong is told apart: no usable answer (time-out, lost connection, 408, 429, 5xx, garbage) is
+`upstream_unavailable` (infra), after `retries` further tries, or `source_down` where no connection could be made; a
+refusal (other 4xx) is `upstream_failed` (data), as the same item is refused again. 401 and 403 are the operator's to
+mend, so infra.
 """
 
 import asyncio
@@ -58,9 +59,10 @@ async def post(
 
     Raises ItemFailure, which never quotes what was sent.
     """
-    why = ""
+    why, code = "", ErrorCode.UPSTREAM_UNAVAILABLE
     for attempt in range(retries + 1):
         asked: float | None = None
+        code = ErrorCode.UPSTREAM_UNAVAILABLE
         try:
             # httpx's own time-outs are of each read: a server that sends a byte now and then would never end.
             async with asyncio.timeout(timeout_s):
@@ -69,6 +71,8 @@ async def post(
             why = f"{url} did not answer within {timeout_s:g} s"
         except httpx.HTTPError as error:
             why = f"{url}: {type(error).__name__}"
+            if isinstance(error, httpx.ConnectError):
+                code = ErrorCode.SOURCE_DOWN
         else:
             status = response.status_code
             if status == 200:
@@ -83,4 +87,4 @@ async def post(
                 asked = retry_after(response)
         if attempt < retries:
             await asyncio.sleep(pause_s(attempt, BACKOFF_S, asked))
-    raise ItemFailure(ErrorCode.UPSTREAM_UNAVAILABLE, why)
+    raise ItemFailure(code, why)

@@ -1,10 +1,13 @@
 """One way to call Redis: a timeout on every call, a bound in seconds on trying again, errors by what to do about them.
 
 A call whose reply was lost is sent again although it may have been carried out; the ledger's scripts recognise that by
-the token that each call carries. A server that has forgotten the scripts (it restarted) is given them again.
+the token that each call carries. A server that has forgotten the scripts (it restarted) is given them again. One that
+answers but cannot serve just now (it loads, runs a long script, is no longer the master) is waited for as if it were
+silent.
 """
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,9 +18,11 @@ import redis
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
+    ClusterDownError,
     ConnectionError,
     NoScriptError,
     OutOfMemoryError,
+    ReadOnlyError,
     ResponseError,
     TimeoutError,
 )
@@ -98,13 +103,25 @@ class Calls:
                 raise StreamFull(f"{self.where} is out of memory: {error}") from error
             except ResponseError as error:
                 why = _translated(error, self.where)
-                if not isinstance(why, wait_out):
+                if _is_demoted(error):
+                    # Another is the master now: new connections look its name up anew. Those in use hear it themselves.
+                    self._client.connection_pool.disconnect(inuse_connections=False)
+                elif not (isinstance(error, ClusterDownError) or _is_busy(error) or isinstance(why, wait_out)):
                     raise why from error
             waited = time.monotonic() - started
             if waited + pause > self._patience_s:
                 raise StreamLost(waited_for=what, who=f"{self.where} ({why})", seconds=waited) from why
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _is_demoted(error: ResponseError) -> bool:
+    # From within a script, Redis 6 says it in an error of its own.
+    return isinstance(error, ReadOnlyError) or "-READONLY You can't write" in str(error)
+
+
+def _is_busy(error: ResponseError) -> bool:
+    return re.search(r"(^|: )BUSY ", str(error)) is not None  # in a pipeline the command stands before it
 
 
 def _translated(error: ResponseError, where: str) -> Exception:

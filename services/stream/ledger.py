@@ -98,7 +98,6 @@ class Ledger(Account):
         super().__init__(client, run_id, patience_s=patience_s)
         self._lease_losses = "" if lease_losses is None else lease_losses
         self._heard = "0-0"
-        self._recalled: set[str] = set()
         self._last_call = ""
         self.opened: Gate | None = None
         """The gate as this object opened it last."""
@@ -197,10 +196,11 @@ class Ledger(Account):
     # ---- a scoring worker
 
     def read_generated(self, consumer: str, count: int, block_ms: int, min_idle_ms: int) -> list[tuple[str, Group]]:
-        """Up to `count` (entry id, group) to score: those a dead worker has held for `min_idle_ms`, else new ones.
+        """Up to `count` (entry id, group) to score: what this consumer was given and has not answered, else what a dead
+        worker has held for `min_idle_ms`, else new ones.
 
-        A consumer's first read is of what was given to it before: a worker that takes a dead one's name goes on with
-        what that one had. Waits up to `block_ms` for new ones, and never longer than half the client's socket timeout.
+        So it is read again until it is answered, and a worker that takes a dead one's name goes on with what that one
+        had. Waits up to `block_ms` for new ones, and never longer than half the client's socket timeout.
         """
         rows: list[Any] = []
         for _ in range(2):
@@ -216,12 +216,10 @@ class Ledger(Account):
 
     def _read(self, consumer: str, count: int, block_ms: int, min_idle_ms: int) -> list[Any]:
         stream = self._key("stream:generated")
-        if consumer not in self._recalled:
-            own = ("XREADGROUP", "GROUP", SCORERS, consumer, "COUNT", count, "STREAMS", stream, "0")
-            found = self._calls.command(*own)
-            if rows := [row for row in found[0][1] if row[1]] if found else []:
-                return rows
-            self._recalled.add(consumer)
+        # Also what Redis gave in a reply that was lost: nobody else would get it before `min_idle_ms`.
+        found = self._calls.command("XREADGROUP", "GROUP", SCORERS, consumer, "COUNT", count, "STREAMS", stream, "0")
+        if rows := [row for row in found[0][1] if row[1]] if found else []:
+            return rows
         claim = self._calls.command("XAUTOCLAIM", stream, SCORERS, consumer, min_idle_ms, "0-0", "COUNT", count)
         rows = [row for row in claim[1] if row[1]]
         if rows:

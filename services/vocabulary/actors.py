@@ -62,7 +62,8 @@ ACTOR_METRICS: tuple[Metric, ...] = (
     Metric(
         None, "samples", "counter", "attune_scoring_failures_total",
         "Samples that got no reward, by the failure's code.",
-        "source_error, source_timeout, upstream_unavailable: something is down. Other codes: look at the samples.",
+        "source_error, source_timeout, source_down, upstream_unavailable: something is down. Other codes: look at the "
+        "samples.",
         labels=(("actor", ""), ("code", "")),
     ),
     Metric(

@@ -273,6 +273,14 @@ def test_a_service_that_gives_too_few_answers_is_no_answer(endpoint: Any) -> Non
         assert one.component.error.code == "upstream_unavailable"
 
 
+def test_a_service_that_is_not_there_is_down() -> None:
+    nowhere = {"url": "http://127.0.0.1:9", "retries": 0}
+    section = RewardSection.model_validate({"sources": {"s": {"kind": "external", **nowhere}}})
+    for scorer in (scorer_of(model="m", **nowhere), build_scorers(section)["s"]):
+        error = scored(scorer)[0].component.error
+        assert (error.code, error.kind) == ("source_down", "infra")
+
+
 def test_another_server_of_this_kind() -> None:
     from reward_server.serve import RewardServer
 

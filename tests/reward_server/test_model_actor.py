@@ -43,6 +43,12 @@ def test_replicas_score_like_a_local_model(ray_session: str, scoring_models: Any
         for _ in range(3):
             assert values(there) == pytest.approx(expected, abs=1e-5)
         assert runner.living() == 1
+        # A server that is started again finds one that Ray starts no more.
+        replicas = [ActorReplica(actor, ray, load_s=240) for actor in actors]
+        with pytest.raises(ReplicaLost, match="does not start it again"):
+            ReplicaRunner("s", replicas, restarts=1)
+        again = ReplicaRunner("s", replicas, restarts=1, needs_all=False)
+        assert (again.facts, again.living()) == (runner.facts, 1)
         ray.kill(actors[1])
         with pytest.raises(ReplicaLost, match="a model's actor died"):
             values(there)

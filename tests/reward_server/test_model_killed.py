@@ -159,7 +159,8 @@ async def kill_under_load(served: Served, expected: dict[str, float | None]) -> 
         else:
             assert result.reward is None
             assert result.error is not None
-            assert (result.error.kind, result.error.code) == ("infra", "source_error")
+            assert result.error.kind == "infra"
+            assert result.error.code in ("source_error", "source_down")  # in its hands when it died, or none lives
 
 
 async def reached(condition: Callable[[], bool]) -> None:

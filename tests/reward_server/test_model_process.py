@@ -113,7 +113,7 @@ run(RewardSection.model_validate({"sources": {"s": {"kind": "preference", "model
 class Scripted:
     """A replica in this process that does what it is told: a number is an output, an exception is raised."""
 
-    def __init__(self, *acts: float | Exception, facts: Sequence[ModelFacts] = (FACTS,)) -> None:
+    def __init__(self, *acts: float | Exception, facts: Sequence[ModelFacts | Exception] = (FACTS,)) -> None:
         self.acts = list(acts)
         self.facts = list(facts)
         self.stopped = False
@@ -122,7 +122,10 @@ class Scripted:
 
     def start(self) -> ModelFacts:
         self.starts += 1
-        return self.facts.pop(0) if len(self.facts) > 1 else self.facts[0]
+        facts = self.facts.pop(0) if len(self.facts) > 1 else self.facts[0]
+        if isinstance(facts, Exception):
+            raise facts
+        return facts
 
     def run(self, rows: Sequence[Row]) -> list[Output]:
         self.runs += 1
@@ -167,6 +170,36 @@ def test_a_replica_that_comes_back_with_another_model_is_not_used() -> None:
     with pytest.raises(ReplicaLost, match="no replica of s lives"):
         runner.run(ROWS)
     assert changed.runs == 1
+
+
+GONE = ReplicaLost("Ray does not start it again")
+LATE = Deadline(waited_for="a model to load", who="a model's actor", seconds=1)
+
+
+def test_a_server_begins_with_the_replicas_that_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reward_server.replicas.BACKOFF_S", 0.01)
+    gone, late = Scripted(facts=(GONE,)), Scripted(facts=(LATE, FACTS))
+    runner = ReplicaRunner("s", [gone, Scripted(), late], restarts=2, needs_all=False)
+    assert runner.facts == FACTS
+    assert runner.run(ROWS) == [[[1.0]]] * 3
+    until(lambda: runner.living() == 2 and gone.starts == 3)  # one comes, the other has its restarts and no more
+    assert (gone.runs, late.starts) == (0, 2)
+    for _ in range(4):
+        assert runner.run(ROWS) == [[[1.0]]] * 3
+    assert late.runs > 0
+    runner.close()
+
+
+@pytest.mark.parametrize(("needs_all", "other", "error"), [
+    (True, FACTS, GONE), (False, LATE, GONE), (False, UserError("no such model"), UserError("no such model")),
+])  # fmt: skip
+def test_a_server_does_not_begin_without_any_replica_or_with_a_model_that_cannot_be_loaded(
+    needs_all: bool, other: ModelFacts | Exception, error: Exception
+) -> None:
+    replicas = [Scripted(facts=(GONE,)), Scripted(facts=(other,)), Scripted(facts=(other,))]
+    with pytest.raises(type(error), match=str(error)):
+        ReplicaRunner("s", replicas, restarts=2, needs_all=needs_all)
+    assert all(replica.stopped and replica.starts == 1 for replica in replicas)
 
 
 def test_replicas_are_of_one_model() -> None:

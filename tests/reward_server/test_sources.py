@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from reward_server.combination import combine
 from reward_server.config import RewardSection
+from reward_server.replicas import NoReplica, ReplicaLost
 from reward_server.schema import Component, ErrorCode, Item, failed_component
 from reward_server.scorers.base import Scored
 from reward_server.sources_config import AttentionSource, SourceBase
@@ -294,6 +295,7 @@ class Broken:
 @pytest.mark.parametrize(
     ("scorer", "code"),
     [(Broken(RuntimeError("secret text")), "source_error"), (Broken(answers=3), "source_error"),
+     (Broken(ReplicaLost("died")), "source_error"), (Broken(NoReplica("none lives")), "source_down"),
      (Broken(answers=-1), "source_timeout")],
 )  # fmt: skip
 def test_a_broken_source_fails_as_infra_and_readiness_says_so(

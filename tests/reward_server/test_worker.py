@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from reward_server.client import RewardClient
 from reward_server.config import RewardSection, WorkerSection
+from reward_server.replicas import NoReplica, ReplicaLost
 from reward_server.schema import Component, ErrorCode, Item, failed_component
 from reward_server.scorers.base import Scored
 from reward_server.serve import RewardServer
@@ -152,16 +154,17 @@ class Flaky:
 
     revision = "1"
 
-    def __init__(self, failures: int, only: str = "") -> None:
+    def __init__(self, failures: int, only: str = "", code: ErrorCode = ErrorCode.SOURCE_TIMEOUT) -> None:
         self.failures = failures
         self.only = only
+        self.code = code
         self.asked: list[list[str]] = []
 
     async def score(self, items: Sequence[Item]) -> Sequence[Scored]:
         self.asked.append([item.id for item in items])
         down = len(self.asked) <= self.failures
         return [
-            Scored(failed_component(ErrorCode.SOURCE_TIMEOUT, "late"))
+            Scored(failed_component(self.code, "late"))
             if down and self.only in item.id
             else Scored(Component(status="ok", value=1.0))
             for item in items
@@ -182,6 +185,74 @@ def test_an_item_that_stays_infra_fails_its_group_as_infra() -> None:
     work(ledger, scorers={"attention": Flaky(99, only=":1")})
     ((_, failure, budget),) = ledger.failures
     assert (failure.kind, failure.code, budget) == ("infra", "source_timeout", FAST.infra_budget)
+
+
+def test_a_batch_is_held_while_nobody_is_there_to_score() -> None:
+    ledger = MemoryLedger(group(sample(0), sample(1)))
+    flaky = Flaky(6, code=ErrorCode.SOURCE_DOWN)
+    work(ledger, section=FAST.model_copy(update={"outage_s": 20.0, "retries": 0}), scorers={"attention": flaky})
+    assert len(flaky.asked) == 7
+    assert len(ledger.scored) == 1
+    assert not ledger.failures
+
+
+def test_time_without_groups_is_no_outage() -> None:
+    async def go() -> None:
+        server = RewardServer(RewardSection(), token="t", scorers={"attention": Flaky(99)})
+        async with RewardClient(await server.start(), "t", 5, retries=0) as client:
+            ledger = MemoryLedger(group(sample(0), sample(1)))
+            worker = ScoringWorker(ledger, client, FAST, 2, consumer="w0")
+            assert await worker.step() == 1
+            assert await worker.step() == 0
+            await asyncio.sleep(2 * FAST.outage_s)
+            ledger.entries = [("1-0", group(sample(0), sample(1)))]
+            assert await worker.step() == 1
+        await server.stop()
+        assert [failure.code for _, failure, _ in ledger.failures] == ["source_timeout"] * 2
+
+    asyncio.run(go())
+
+
+def test_a_source_that_stays_down_is_an_outage() -> None:
+    ledger = MemoryLedger(group(sample(0), sample(1)))
+    with pytest.raises(ScoringOutage, match=r"has scored nothing for .*last: .*late"):
+        work(ledger, scorers={"attention": Flaky(99, code=ErrorCode.SOURCE_DOWN)})
+    assert not ledger.scored
+    assert not ledger.failures
+
+
+class Mortal:
+    """Dies of the items of one group, and is back after `away_s`."""
+
+    revision = "1"
+
+    def __init__(self, of: str, away_s: float) -> None:
+        self.of = of
+        self.away_s = away_s
+        self.back = 0.0
+        self.deaths = 0
+
+    async def score(self, items: Sequence[Item]) -> Sequence[Scored]:
+        if time.monotonic() < self.back:
+            raise NoReplica("gone")
+        if any(item.id.startswith(self.of) for item in items):
+            self.back = time.monotonic() + self.away_s
+            self.deaths += 1
+            raise ReplicaLost("died")
+        return [Scored(Component(status="ok", value=1.0))] * len(items)
+
+
+def test_a_group_that_takes_the_model_down_each_time_spends_its_budget() -> None:
+    """It is away for longer than `outage_s` in all, and never for so long at a time."""
+    names = ("0:good", "0:bad", "0:next")
+    ledger = MemoryLedger(*(group(*(sample(k, group_id=name) for k in range(2)), group_id=name) for name in names))
+    mortal = Mortal("0:bad", 0.6)
+    section = FAST.model_copy(update={"groups": 1, "retries": 2, "outage_s": 1.5})
+    work(ledger, section=section, scorers={"attention": mortal})
+    assert mortal.deaths == 3
+    assert [entry.group_id for entry in ledger.scored.values()] == ["0:good", "0:next"]
+    ((group_id, failure, budget),) = ledger.failures
+    assert (group_id, failure.kind, failure.code, budget) == ("0:bad", "infra", "source_error", FAST.infra_budget)
 
 
 def test_an_outage_ends_the_run_and_writes_nothing() -> None:

@@ -2,10 +2,12 @@
 
 import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -482,6 +484,53 @@ def test_a_lease_is_renewed_while_its_group_is_generated(
     assert expired == []
     assert loop.counters.renewed >= 1
     assert groups(ledger)[0].attempt == 1
+
+
+def test_a_renewal_that_fails_is_not_the_last(
+    ledger: Ledger,
+    client: redis.Redis,
+    engine: TransformersEngine,
+    preparation: Preparation,
+    publish: Publisher,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Redis has no room for a moment, while the engine is at work."""
+    fill(ledger, TEXTS[0])
+    version = PolicyVersion(1, 0)
+    ledger.open_gate(version, publish(version, 0.0), 1)
+    generate, before, done = engine.generate, list[int](), threading.Event()
+
+    async def slowly(requests: Any) -> Any:
+        while not done.is_set():
+            await asyncio.sleep(0.01)
+        return await generate(requests)
+
+    def leased() -> bool:
+        if ledger.counts()["leased"] == 0:
+            return False
+        client.config_set("maxmemory", "1")
+        return True
+
+    def refused() -> bool:
+        if "a lease is not renewed" not in caplog.text:
+            return False
+        client.config_set("maxmemory", "0")
+        before.append(loop.counters.renewed)
+        return True
+
+    def renewed() -> bool:
+        if loop.counters.renewed > before[0]:
+            done.set()
+        return done.is_set()
+
+    monkeypatch.setattr(engine, "generate", slowly)
+    loop = RolloutLoop(engine, ledger, preparation, section(lease_s=0.15), owner="a", seed=SEED)
+    try:
+        work(loop, leased, refused, renewed, generated(ledger, 1))
+    finally:
+        done.set()
+        client.config_set("maxmemory", "0")
 
 
 def test_an_answer_to_a_lease_that_passed_on_is_dropped(
