@@ -366,9 +366,9 @@ def measure_run(size: Size, root: Path) -> dict[str, float]:
 
     from benchmarks import pipeline
     from cluster.driver import train
+    from cluster.files import read_jsonl
     from cluster.ray_runtime import ray_cluster
     from cluster.recipe import apply_overrides, resolve
-    from cluster.run_dir import read_jsonl
 
     skip = 3
     # More than are needed: how many pass while ten pages open is not known. The watcher ends the run.

@@ -18,10 +18,11 @@ from rich.console import Console
 
 from benchmarks.common import Options, finish, parse_options
 from cluster.driver import train
+from cluster.files import read_jsonl
 from cluster.quickstart import config_of, prepare
 from cluster.ray_runtime import ray_cluster
 from cluster.recipe import apply_overrides, resolve
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 
 NAME = "engines"
 FILLING = 2

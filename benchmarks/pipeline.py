@@ -25,10 +25,11 @@ from rich.console import Console
 from benchmarks.common import Options, finish, parse_options
 from cluster.config import Config
 from cluster.driver import train
+from cluster.files import read_jsonl
 from cluster.quickstart import VOCABULARY
 from cluster.ray_runtime import ray_cluster
 from cluster.recipe import apply_overrides, resolve
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 from cluster.small_model import build_small_policy
 from services.text.sources import load_prompts
 from services.text.tokenizer import train_tokenizer

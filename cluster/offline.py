@@ -14,7 +14,8 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.run_dir import drop_torn_line, map_to_file, read_jsonl, write_atomically
+from cluster.files import drop_torn_line, read_jsonl, write_atomically
+from cluster.run_dir import map_to_file
 from rollout.config import RolloutSection
 from rollout.engine import Engine, Sampling
 from rollout.prepare import Preparation, group_of, group_seed, prepare, request_of

@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 
 from cluster.config import Config
+from cluster.files import write_atomically
 from cluster.preferences_config import PreferencesSection
-from cluster.run_dir import write_atomically
 from learner.reward_metrics import sigmoid
 from reward_server.principle_sets import named_set
 from reward_server.schema import Item

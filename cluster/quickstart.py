@@ -22,10 +22,10 @@ from cluster.evaluation_command import comparison, measure, with_model
 from cluster.evaluation_prompts import evaluation_prompts
 from cluster.evaluation_result import EvaluationResult, load_result
 from cluster.evaluation_table import comparison_table
+from cluster.files import write_atomically
 from cluster.fine_tuning import fine_tune
 from cluster.ray_runtime import ray_cluster
 from cluster.recipe import apply_overrides, read_yaml, resolve
-from cluster.run_dir import write_atomically
 from cluster.small_model import build_small_policy
 from cluster.training_data import load_training_data
 from rollout.worker import build_oracle

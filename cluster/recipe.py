@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cluster.config import Config
-from cluster.run_dir import write_atomically
+from cluster.files import write_atomically
 from reward_server.config import RewardSection
 from services.errors import UserError
 

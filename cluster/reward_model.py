@@ -16,9 +16,9 @@ from typing import Any, Literal, cast
 from rich.console import Console
 
 from cluster.config import Config
+from cluster.files import write_atomically
 from cluster.model_stage import refuse_existing, train_on_ranks
 from cluster.recipe import save_resolved
-from cluster.run_dir import write_atomically
 from learner.commit import latest_committed, set_aside_after
 from learner.reward_examples import encode_records, probes_of, with_paraphrases
 from learner.reward_training import Data

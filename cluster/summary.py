@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.config import Config
-from cluster.run_dir import RunDir, read_jsonl, write_atomically
+from cluster.files import read_jsonl, write_atomically
+from cluster.run_dir import RunDir
 
 WINDOW = 10
 """Steps that the first and the last figures are means over: single steps are noisy."""

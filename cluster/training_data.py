@@ -6,7 +6,8 @@ from hashlib import blake2b
 from typing import Any
 
 from cluster.config import Config
-from cluster.run_dir import RunDir, read_jsonl, write_atomically
+from cluster.files import read_jsonl, write_atomically
+from cluster.run_dir import RunDir
 from rollout.worker import build_renderer
 from services.errors import UserError
 from services.records import Prompt

@@ -87,7 +87,9 @@ class RolloutLoop:
         try:
             while not self._stopping:
                 if len(working) >= self._limit:
-                    working = await _some_done(working, None)
+                    working = await _some_done(working, self._section.poll_s if self._section.loads_in_flight else None)
+                    if len(working) >= self._limit:
+                        await self._keep_up()
                     continue
                 answer = await asyncio.to_thread(self._ledger.lease, self._owner, self._loaded, self._section.lease_s)
                 if isinstance(answer, Wait):
@@ -144,6 +146,12 @@ class RolloutLoop:
             self.counters.load_s += time.monotonic() - began
         self.counters.loads += 1
         return True
+
+    async def _keep_up(self) -> None:
+        """Takes newer weights without asking for a lease: all hands are full, perhaps for minutes."""
+        gate = await asyncio.to_thread(self._ledger.gate)
+        if gate is not None and gate.version != self._loaded:
+            await self._load(LoadWeights(gate.version, gate.weights))
 
     async def _work(self, lease: Lease) -> None:
         renewing = asyncio.create_task(self._renew(lease))

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from cluster.run_dir import read_jsonl
+from cluster.files import read_jsonl
 from services.weights import MANIFEST
 
 TITLES = {

@@ -13,9 +13,10 @@ import redis
 
 from cluster.batches import Batches
 from cluster.feed import groups_of_epoch
+from cluster.files import read_jsonl
 from cluster.history import History
 from cluster.recipe import resolve
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 from cluster.training_data import TrainingData
 from services.records import Failure, Lease, PolicyVersion
 from services.stream.connect import connect

@@ -15,10 +15,11 @@ import pytest
 from cluster.cli import run_command
 from cluster.config import Config
 from cluster.driver import say_finished, shared_weights
+from cluster.files import read_jsonl
 from cluster.history import History
 from cluster.janitor import began_at
 from cluster.recipe import resolve, save_resolved
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 
 
 def recipe(**cluster: Any) -> Config:

@@ -8,9 +8,10 @@ import pytest
 
 from cluster.commits import commit_failures
 from cluster.config import Config
+from cluster.files import read_jsonl
 from cluster.history import History, begin_incarnation, open_history
 from cluster.recipe import resolve, save_resolved
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 from learner.commit import begin_checkpoint, commit_checkpoint
 from services.errors import UserError
 from services.records import Failure

@@ -12,10 +12,11 @@ import pytest
 
 from cluster.config import Config
 from cluster.driver import is_finished
+from cluster.files import read_jsonl
 from cluster.history import History, open_history
 from cluster.model_dirs import best_mark, is_marked, partial_of, policy_mark, put_in_place, seal, settle_best
 from cluster.recipe import resolve
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 from cluster.training import Training
 
 PROMPTS = 40

@@ -12,9 +12,10 @@ import pytest
 import redis
 
 from cluster.feed import Feed
+from cluster.files import read_jsonl
 from cluster.history import History
 from cluster.recovery import Recovery
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 from services.records import Group, PolicyVersion, Prompt, epoch_of
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis

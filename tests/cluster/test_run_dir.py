@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cluster.run_dir import RunDir, read_jsonl, write_atomically
+from cluster.files import read_jsonl, write_atomically
+from cluster.run_dir import RunDir
 from services.errors import UserError
 from services.records import Attention, Group, PolicyVersion, Prompt, Sample
 

@@ -13,10 +13,11 @@ from ray import exceptions
 
 from cluster import evaluator
 from cluster.evaluator import Evaluator
+from cluster.files import read_jsonl
 from cluster.learners import LearnerGroup
 from cluster.plan import Part
 from cluster.restarts import RestartBudget
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 from cluster.supervise import LearnerDied, PartFailed, Running, Supervisor
 from reward_server.worker import ScoringOutage
 from services.errors import PlanError, UserError

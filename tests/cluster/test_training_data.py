@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config
+from cluster.files import read_jsonl
 from cluster.history import History, begin_incarnation
 from cluster.recipe import resolve
-from cluster.run_dir import RunDir, read_jsonl
+from cluster.run_dir import RunDir
 from cluster.training_data import load_training_data
 from services.errors import UserError
 from tests.conftest import questions

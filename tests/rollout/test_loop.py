@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import redis
 import torch
 
 from rollout.actor import RolloutLoop
-from rollout.config import RolloutSection
+from rollout.config import RolloutSection, VllmSection
+from rollout.engine import Completion, GenerationRequest
 from rollout.prepare import Preparation, group_seed, prepare, request_of, sampling_of
 from rollout.transformers_engine import TransformersEngine
 from services.attention.config import CaptureSection
@@ -255,6 +256,36 @@ def test_truncated_sampling_records_both_distributions(
         assert all(
             token in kept and len(kept) <= 5 for token, kept in zip(sample.response_ids, sample.kept_ids, strict=True)
         )
+
+
+def test_an_actor_with_its_hands_full_takes_new_weights_in_mid_generation(
+    ledger: Ledger, policy: PolicySection, preparation: Preparation, publish: Publisher
+) -> None:
+    first, second = PolicyVersion(1, 0), PolicyVersion(1, 1)
+
+    class Long(TransformersEngine):
+        """Its responses take until there are newer weights."""
+
+        async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+            while self.version < second:
+                await asyncio.sleep(0.01)
+            return await super().generate(requests)
+
+    fill(ledger, *TEXTS)
+    ledger.open_gate(first, publish(first, 0.0), 3)
+    keeps = RolloutSection(
+        engine="vllm", vllm=VllmSection(weight_sync="keep"), groups_in_flight=1, samples=2, max_tokens=8, poll_s=0.01
+    )
+    loop = RolloutLoop(Long(policy, CaptureSection()), ledger, preparation, keeps, owner="a", seed=SEED)
+
+    def leased() -> bool:
+        if ledger.counts()["leased"] == 0:
+            return False
+        ledger.open_gate(second, publish(second, 0.1), 3)
+        return True
+
+    work(loop, leased, generated(ledger, 1))
+    assert loop.counters.loads == 2
 
 
 # ---- prompts that cannot be generated for, or kill their actors
