@@ -80,10 +80,11 @@ def test_a_signal_while_ray_comes_up_stops_the_run(
         yield
 
     monkeypatch.setattr("cluster.driver.ray_cluster", coming_up)
+    before = signal.getsignal(signal.SIGTERM)
     path, run = tmp_path / "recipe.yaml", RunDir(tmp_path / "run")
     tree = {"data": {"source": str(questions_file)}, "policy": {"model": str(tiny_decoder)}}
     path.write_text(json.dumps({**tree, "rollout": {"engine": "transformers"}}), encoding="utf-8")
     assert run_command(["train", str(path), "--run-dir", str(run.path)]) == 1  # 4 is for those with a commit
     assert "Stopped by SIGTERM after 0 steps" in capfd.readouterr().out
     assert [event["event"] for event in read_jsonl(run.events)] == ["stopped"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before

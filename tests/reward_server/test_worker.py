@@ -49,12 +49,14 @@ class MemoryLedger:
         self.entries = [(f"{i}-0", entry) for i, entry in enumerate(groups)]
         self.scored: dict[str, Group] = {}
         self.failures: list[tuple[str, Failure, int]] = []
+        self.read: dict[str, str] = {}
 
     def read_generated(self, consumer: str, count: int, block_ms: int, min_idle_ms: int) -> Sequence[tuple[str, Group]]:
         assert consumer == "w0"
         assert block_ms > 0
         assert min_idle_ms > 0
         taken, self.entries = self.entries[:count], self.entries[count:]
+        self.read |= {entry: group.group_id for entry, group in taken}
         return taken
 
     def put_scored(self, entry_id: str, group: Group) -> bool:
@@ -63,7 +65,8 @@ class MemoryLedger:
 
     def fail(self, group_id: str, attempt: int, failure: Failure, budget: int, *, entry_id: str | None = None) -> str:
         assert attempt == 1
-        assert entry_id == "0-0"
+        assert entry_id is not None
+        assert self.read[entry_id] == group_id
         self.failures.append((group_id, failure, budget))
         return "pending"
 
