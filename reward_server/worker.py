@@ -153,8 +153,9 @@ class ScoringWorker:
 
         A try says nothing of the items, and is not counted, where the server gave no usable answer or none was there to
         score (`source_down`): the items are held until there is, at most `outage_s`. Anything else is counted although
-        nothing got through: an item that takes the model down with it, or that a service rejects, spends its group's
-        budget and does not hold up the others.
+        nothing got through: an item that a service rejects spends its group's budget and does not hold up the others.
+        What a model goes down with is not tried on it again: should it be the cause, a model has few lives, and the
+        group's next attempt has other responses.
         """
         found: dict[int, tuple[Result, ServerInfo | None]] = {}
         left: list[int] = list(range(len(items)))
@@ -176,9 +177,11 @@ class ScoringWorker:
                 for i, result in zip(left, await self._score_smaller(batch, str(refusal)), strict=True):
                     found[i] = result
                 break
+            down = any(_is_down(result) for result in answer.results)
+            if down and tries:
+                break
             found.update((i, (result, answer.server)) for i, result in zip(left, answer.results, strict=True))
             infra: list[int] = [i for i in left if _is_infra(found[i][0])]
-            down = any(_is_down(found[i][0]) for i in infra)
             if held and not down:
                 # Somebody is there again. What these items do to it is no part of the outage that was waited out.
                 self._failing_since, pauses = None, 0

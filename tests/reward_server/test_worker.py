@@ -245,14 +245,13 @@ class Mortal:
         return [Scored(Component(status="ok", value=1.0))] * len(items)
 
 
-def test_a_group_that_takes_the_model_down_each_time_spends_its_budget() -> None:
-    """It is away for longer than `outage_s` in all, and never for so long at a time."""
+def test_a_group_that_takes_the_model_down_spends_its_budget_and_is_not_tried_on_the_next() -> None:
     names = ("0:good", "0:bad", "0:next")
     ledger = MemoryLedger(*(group(*(sample(k, group_id=name) for k in range(2)), group_id=name) for name in names))
     mortal = Mortal("0:bad", 0.6)
     section = FAST.model_copy(update={"groups": 1, "retries": 2, "outage_s": 1.5})
     work(ledger, section=section, scorers={"attention": mortal})
-    assert mortal.deaths == 3
+    assert mortal.deaths == 1
     assert [entry.group_id for entry in ledger.scored.values()] == ["0:good", "0:next"]
     ((group_id, failure, budget),) = ledger.failures
     assert (group_id, failure.kind, failure.code, budget) == ("0:bad", "infra", "source_error", FAST.infra_budget)
