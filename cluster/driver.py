@@ -4,6 +4,7 @@ down."""
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -69,9 +70,20 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             ledger = open_ledger(url, history.run_id, config.stream, lease_losses=config.rollout.lease_losses)
             try:
                 ray = stack.enter_context(ray_cluster(config.cluster))
-            except SystemExit:  # while Ray comes up it takes SIGTERM for itself
-                run.event("stopped", signal="SIGTERM", steps=history.steps_done, committed=history.committed_steps)
-                return Outcome("SIGTERM", history.steps_done, history.committed_steps, 0.0)
+            except SystemExit as ended:  # while Ray comes up it takes SIGTERM for itself
+                if ended.code != signal.SIGTERM:
+                    raise
+                outcome = Outcome("SIGTERM", history.steps_done, history.committed_steps, 0.0)
+                say_end(
+                    run,
+                    config,
+                    stopped=outcome.stopped,
+                    steps=outcome.steps,
+                    committed_steps=outcome.committed_steps,
+                    seconds=outcome.seconds,
+                    ledger=ledger.counts(),
+                )
+                return outcome
             stop.install()
             fitting(config, nodes_of_ray(ray.nodes()))
             check_reach(config, machines_of_ray(ray.nodes()))

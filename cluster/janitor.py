@@ -99,7 +99,7 @@ def with_janitor(directory: Path) -> Iterator[None]:
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(directory)]
     launcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert launcher.stdin is not None
-    launcher.wait()
+    launcher.wait(END_S)
     try:
         yield
     finally:

@@ -87,4 +87,5 @@ def test_a_signal_while_ray_comes_up_stops_the_run(
     assert run_command(["train", str(path), "--run-dir", str(run.path)]) == 1  # 4 is for those with a commit
     assert "Stopped by SIGTERM after 0 steps" in capfd.readouterr().out
     assert [event["event"] for event in read_jsonl(run.events)] == ["stopped"]
+    assert json.loads(run.summary.read_text(encoding="utf-8"))["signal"] == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) == before
