@@ -27,9 +27,9 @@ from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
 from cluster.signals import stop_request
 from cluster.status import StatusFile
-from cluster.summary import said_finished, say_end
+from cluster.summary import Outcome, said_finished, say_end
 from cluster.supervise import Supervisor
-from cluster.training import Outcome, Training
+from cluster.training import Training
 from cluster.training_data import load_training_data
 from rollout.worker import check_engine
 from services.errors import UserError
@@ -74,15 +74,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
                 if ended.code != signal.SIGTERM:
                     raise
                 outcome = Outcome("SIGTERM", history.steps_done, history.committed_steps, 0.0)
-                say_end(
-                    run,
-                    config,
-                    stopped=outcome.stopped,
-                    steps=outcome.steps,
-                    committed_steps=outcome.committed_steps,
-                    seconds=outcome.seconds,
-                    ledger=ledger.counts(),
-                )
+                say_end(run, config, outcome, ledger.counts())
                 return outcome
             stop.install()
             fitting(config, nodes_of_ray(ray.nodes()))
@@ -146,7 +138,7 @@ def say_finished(config: Config, run: RunDir, history: History) -> None:
     run.steps_done = steps
     StatusFile(run, steps).end("finished")
     counts = {**dict.fromkeys(STATES, 0), "committed": history.groups_done, "failed": len(history.failed)}
-    say_end(run, config, stopped=None, steps=steps, committed_steps=steps, seconds=0.0, ledger=counts)
+    say_end(run, config, Outcome(None, steps, steps, 0.0), counts)
 
 
 def check_reach(config: Config, machines: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import Config
@@ -12,19 +13,25 @@ WINDOW = 10
 """Steps that the first and the last figures are means over: single steps are noisy."""
 
 
-def say_end(
-    run: RunDir,
-    config: Config,
-    *,
-    stopped: str | None,
-    steps: int,
-    committed_steps: int,
-    seconds: float,
-    ledger: Mapping[str, int],
-) -> None:
-    """`stopped` by which signal, None where the run is finished; `ledger`: groups by state."""
-    run.event("stopped" if stopped else "finished", signal=stopped, steps=steps, committed=committed_steps)
-    write_summary(run, config, stopped, committed_steps, seconds, ledger)
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `stopped` by a signal or not, the steps done, and the steps that the last commit holds."""
+
+    stopped: str | None
+    steps: int
+    committed_steps: int
+    seconds: float
+
+    @property
+    def has_commit(self) -> bool:
+        return self.committed_steps > 0
+
+
+def say_end(run: RunDir, config: Config, outcome: Outcome, ledger: Mapping[str, int]) -> None:
+    """`ledger`: groups by state."""
+    kind = "stopped" if outcome.stopped else "finished"
+    run.event(kind, signal=outcome.stopped, steps=outcome.steps, committed=outcome.committed_steps)
+    write_summary(run, config, outcome.stopped, outcome.committed_steps, outcome.seconds, ledger)
 
 
 def said_finished(run: RunDir, committed_steps: int) -> bool:

@@ -11,7 +11,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from cluster.run_dir import RunDir
 from cluster.signals import Stopped, StopRequest
 from cluster.status import StatusFile
 from cluster.step_record import Timing, ledger_metrics, reward_revisions, silent_sources
-from cluster.summary import say_end
+from cluster.summary import Outcome, say_end
 from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Supervisor
 from cluster.training_data import TrainingData
 from cluster.weight_rounds import WeightRounds
@@ -53,20 +52,6 @@ log = logging.getLogger(__name__)
 
 KEEP_VERSIONS = 2
 """Published sets of weights that are kept: the newest, and the one that an actor may still be reading."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: `stopped` by a signal or not, the steps done, and the steps that the last commit holds."""
-
-    stopped: str | None
-    steps: int
-    committed_steps: int
-    seconds: float
-
-    @property
-    def has_commit(self) -> bool:
-        return self.committed_steps > 0
 
 
 class Training:
@@ -138,15 +123,7 @@ class Training:
             stopped, self.history.steps_done, self.history.committed_steps, round(time.monotonic() - self.started, 3)
         )
         self.status.end("stopped" if stopped else "finished")
-        say_end(
-            self.run,
-            self.config,
-            stopped=stopped,
-            steps=outcome.steps,
-            committed_steps=outcome.committed_steps,
-            seconds=outcome.seconds,
-            ledger=self.ledger.counts(),
-        )
+        say_end(self.run, self.config, outcome, self.ledger.counts())
         return outcome
 
     def _watching_s(self) -> float:
