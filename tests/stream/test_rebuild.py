@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 from uuid import uuid4
 
@@ -212,6 +213,26 @@ def test_an_earlier_driver_is_refused(desk: Any, client: redis.Redis) -> None:
         desk.ledger.take(0, 2)
     later.open_gate(V1, "w", 4)
     assert later.take(0, 2) == ids[:2]
+
+
+def test_an_earlier_driver_that_comes_back_with_an_older_copy_has_taken_nothing(
+    driver: Driver, client: redis.Redis
+) -> None:
+    """It had claimed the ledger often; the later one found an empty Redis, so that nothing told it how often."""
+    for _ in range(5):
+        driver.ledger.claim()
+    older = {key: client.dump(key) or b"" for key in client.scan_iter(match=driver.ledger._prefix + "*")}
+    empty(driver, client)
+    later = copy(driver)
+    later.ledger = Ledger(client, driver.ledger._prefix.removeprefix("attune:{").removesuffix("}:"))
+    later.ledger.claim()
+    later.ledger.open_gate(V1, "w2", 10)
+    later.ledger.on_lost = later.make_anew
+    empty(driver, client)
+    for key, value in older.items():
+        client.restore(key, 0, value)
+    later.ledger.commit(later.committed)
+    assert later.states() == ["committed"] * 2 + ["consumed"] * 2 + ["pending"] * 2 + ["failed"] + ["pending"] * 3
 
 
 def test_a_ledger_that_is_lost_again_and_again_is_given_up(driver: Driver, client: redis.Redis) -> None:
