@@ -25,7 +25,7 @@ class Part:
     gpus: float = 0.0
     memory_gb: float = 0.0
     restarts: int = 0
-    """How often Ray starts one again by itself."""
+    """How often Ray starts one again by itself; -1: always."""
     apart: Apart = "any"
 
     def options(self) -> dict[str, float]:
@@ -61,7 +61,8 @@ def parts_of(config: Config) -> dict[str, Part]:
         parts.append(Part("evaluator", 1, cluster.rollout_cpus, cluster.rollout_gpus, cluster.memory_gb))
     if config.reward.worker.url is None:
         parts += [
-            Part(model_part(name), source.replicas, source.cpus, source.gpus, restarts=source.restarts)
+            # Who counts them is the reward server: what has lived for long has them all again, and Ray forgets nothing.
+            Part(model_part(name), source.replicas, source.cpus, source.gpus, restarts=-1 if source.restarts else 0)
             for name, source in placed_models(config.reward).items()
         ]
     return {part.name: part for part in parts}

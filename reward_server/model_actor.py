@@ -1,7 +1,8 @@
 """A model behind Ray actors: what an actor holds, and a replica that asks it. Needs no Ray itself.
 
 A run makes an actor of `ModelActor` for each replica (`ray.remote`), with the resources that its plan gives it; Ray
-starts it again when it dies. An `ActorReplica` asks one, for a `ReplicaRunner`.
+starts its process again when it dies. An `ActorReplica` asks one, for a `ReplicaRunner`, which has it load its model
+again or, where that was often, leaves it alone: a process that is asked nothing loads nothing.
 """
 
 import time
@@ -14,6 +15,8 @@ from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Output, Row
 from services.errors import Deadline
 
 POLL_S = 0.5
+LOADS = 3
+"""An actor that dies so often in one `start` while it loads its model does so of loading it."""
 
 
 class ModelActor:
@@ -52,15 +55,29 @@ class ActorReplica:
     def start(self) -> ModelFacts:
         """Waits for Ray to start the actor, and for the actor to load its model."""
         end = time.monotonic() + self._load_s
+        try:
+            for _ in range(LOADS):
+                self._wait_for_process(end)
+                try:
+                    return self._answer(self._handle.facts.remote(), end)
+                except self._ray.exceptions.ActorUnavailableError:
+                    continue
+        except TimeoutError as error:
+            raise Deadline(waited_for="a model to load", who="a model's actor", seconds=self._load_s) from error
+        except self._ray.exceptions.RayActorError as error:
+            raise ReplicaLost("a model's actor is dead and Ray does not start it again") from error
+        raise ReplicaLost(f"a model's actor died {LOADS} times while it loaded its model")
+
+    def _wait_for_process(self, end: float) -> None:
         while True:
             try:
-                return self._ray.get(self._handle.facts.remote(), timeout=max(0.0, end - time.monotonic()))
-            except TimeoutError as error:
-                raise Deadline(waited_for="a model to load", who="a model's actor", seconds=self._load_s) from error
+                self._answer(self._handle.pulse.remote(), end)
+                return
             except self._ray.exceptions.ActorUnavailableError:
                 time.sleep(POLL_S)  # between its death and its next life
-            except self._ray.exceptions.RayActorError as error:
-                raise ReplicaLost("a model's actor is dead and Ray does not start it again") from error
+
+    def _answer(self, reference: Any, end: float) -> Any:
+        return self._ray.get(reference, timeout=max(0.0, end - time.monotonic()))
 
     def run(self, rows: Sequence[Row]) -> list[Output]:
         try:

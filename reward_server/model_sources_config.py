@@ -32,8 +32,8 @@ class PlacedSource(SourceBase):
     restarts: int = Field(
         default=3,
         ge=0,
-        description="How often a replica that died is started again; its requests go to another or fail as infra. In a "
-        "run in all, in a server alone in a row: five minutes of life give them back.",
+        description="How often in a row a replica that died is started again; five minutes of life give them back. "
+        "Its requests go to another or fail as infra.",
     )
 
 

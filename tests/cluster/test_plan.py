@@ -186,3 +186,11 @@ def test_machines_are_counted_by_address_and_nodes_of_one_are_one() -> None:
     ]
     assert machines_of_ray(rows) == 1
     assert machines_of_ray([*rows, {"NodeManagerAddress": "10.0.0.3", "Alive": True}]) == 2
+
+
+@pytest.mark.parametrize(("restarts", "of_ray"), [(3, -1), (0, 0)])
+def test_ray_starts_a_models_process_again_however_often_unless_none_is_to_be(restarts: int, of_ray: int) -> None:
+    """How often is for the reward server to count: it gives a replica its restarts back, and Ray does not."""
+    source = {"kind": "preference", "model": "scorer", "restarts": restarts}
+    parts = parts_of(small_plan(reward={"sources": {"taste": source}}))
+    assert parts["model of taste"].restarts == of_ray

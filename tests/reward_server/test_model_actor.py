@@ -1,7 +1,9 @@
 """A model behind Ray actors: the same scores, one that dies is made up for by the other, one that is dead stays so."""
 
 import asyncio
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from reward_server.config import RewardSection
 from reward_server.model_actor import ActorReplica, ModelActor
 from reward_server.placement import model_spec, placed_models
 from reward_server.replicas import ReplicaLost, ReplicaRunner
-from reward_server.runner import ModelSpec
+from reward_server.runner import ModelFacts, ModelSpec
 from reward_server.schema import Item
 from reward_server.scorers.build import build_scorers
 from services.errors import UserError
@@ -61,6 +63,42 @@ def test_replicas_score_like_a_local_model(ray_session: str, scoring_models: Any
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+class DiesLoading(ModelActor):
+    """Its process ends while it loads its model, `times` times; then it holds one."""
+
+    def __init__(self, deaths: Path, times: int) -> None:
+        self._deaths, self._times = deaths, times
+
+    def facts(self) -> ModelFacts:
+        died = len(self._deaths.read_text())
+        if died < self._times:
+            self._deaths.write_text("x" * (died + 1))
+            os._exit(1)
+        return ModelFacts("sequence", "1", None, ("score",))
+
+
+@pytest.mark.parametrize(("times", "lost"), [(2, False), (100, True)])
+def test_a_model_whose_process_dies_of_loading_it_is_not_loaded_for_ever(
+    ray_session: str, tmp_path: Path, times: int, lost: bool
+) -> None:
+    import ray
+
+    assert ray_session
+    (deaths := tmp_path / "deaths").touch()
+    remote: Any = ray.remote(num_cpus=0, max_restarts=-1)(DiesLoading)
+    actor = remote.remote(deaths, times)
+    try:
+        replica = ActorReplica(actor, ray, load_s=120)
+        if lost:
+            with pytest.raises(ReplicaLost, match="died 3 times while it loaded"):
+                replica.start()
+            assert deaths.read_text() == "xxx"
+        else:
+            assert replica.start().task == "sequence"
+    finally:
+        ray.kill(actor)
 
 
 @pytest.mark.slow

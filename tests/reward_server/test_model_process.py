@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -159,6 +160,23 @@ def test_a_replica_is_started_again_as_often_as_allowed(monkeypatch: pytest.Monk
     assert (mortal.starts, mortal.runs) == (3, 4)
     runner.close()
     assert lasting.stopped
+
+
+def test_a_replica_that_has_lived_for_long_has_its_restarts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reward_server.replicas.BACKOFF_S", 0.01)
+    monkeypatch.setattr("reward_server.replicas.STEADY_S", 0.0)
+    mortal = Scripted(*[ReplicaLost("gone")] * 5)
+    runner = ReplicaRunner("s", [mortal], restarts=1)
+    for _ in range(4):
+        with pytest.raises(ReplicaLost):
+            runner.run(ROWS)
+        until(lambda: runner.living() == 1)
+    monkeypatch.setattr("reward_server.replicas.STEADY_S", 1e9)
+    with pytest.raises(ReplicaLost):
+        runner.run(ROWS)
+    until(lambda: not any(thread.name == "restarts-s" for thread in threading.enumerate()))
+    assert (runner.living(), mortal.starts) == (0, 5)
+    runner.close()
 
 
 def test_a_replica_that_comes_back_with_another_model_is_not_used() -> None:
