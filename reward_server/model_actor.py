@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from reward_server.replicas import ReplicaLost
+from reward_server.replicas import NoReplica, ReplicaAway, ReplicaLost
 from reward_server.runner import ModelFacts, ModelRunner, ModelSpec, Output, Row, load_model
 from services.errors import Deadline
 
@@ -19,18 +19,28 @@ LOADS = 3
 """An actor that dies so often in one `start` while it loads its model does so of loading it."""
 
 
+class NotLoaded(Exception):  # noqa: N818 - reads as what it says where it is raised
+    """This process has not been asked to load its model: it is not the one that was."""
+
+
 class ModelActor:
     """One replica. A plain class: `ray.remote` makes an actor of it."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        """The model is loaded by the first call, so that what is wrong with it comes back as that call's error."""
+        """The model is loaded by `facts`, so that what is wrong with it comes back as that call's error."""
         self._spec = spec
+        self._loaded = False
 
     def facts(self) -> ModelFacts:
         """Raises UserError where the model cannot be loaded."""
-        return self._model.facts
+        facts = self._model.facts
+        self._loaded = True
+        return facts
 
     def run(self, rows: Sequence[Row]) -> list[Output]:
+        """Raises NotLoaded before `facts`: nobody has looked yet whether this is the model that was there before."""
+        if not self._loaded:
+            raise NotLoaded
         return self._model.run(rows)
 
     def pulse(self) -> tuple[int, bool]:
@@ -63,18 +73,26 @@ class ActorReplica:
                 except self._ray.exceptions.ActorUnavailableError:
                     continue
         except TimeoutError as error:
+            self._ray.kill(self._handle, no_restart=False)  # what hangs would hang the next time, too
             raise Deadline(waited_for="a model to load", who="a model's actor", seconds=self._load_s) from error
         except self._ray.exceptions.RayActorError as error:
             raise ReplicaLost("a model's actor is dead and Ray does not start it again") from error
         raise ReplicaLost(f"a model's actor died {LOADS} times while it loaded its model")
 
     def _wait_for_process(self, end: float) -> None:
-        while True:
+        """Raises ReplicaAway where Ray has not started it again by then, TimeoutError where it is there and silent."""
+        down = False
+        while not down or time.monotonic() < end:
             try:
                 self._answer(self._handle.pulse.remote(), end)
                 return
-            except self._ray.exceptions.ActorUnavailableError:
-                time.sleep(POLL_S)  # between its death and its next life
+            except self._ray.exceptions.ActorUnavailableError:  # between its death and its next life
+                down = True
+                time.sleep(POLL_S)
+            except TimeoutError:
+                if not down:
+                    raise
+        raise ReplicaAway(waited_for="a place for a model", who="a model's actor", seconds=self._load_s)
 
     def _answer(self, reference: Any, end: float) -> Any:
         return self._ray.get(reference, timeout=max(0.0, end - time.monotonic()))
@@ -85,6 +103,8 @@ class ActorReplica:
         except TimeoutError as error:
             self._ray.kill(self._handle, no_restart=False)
             raise ReplicaLost(f"a model's actor did not answer within {self._run_s:.0f} s") from error
+        except NotLoaded as error:
+            raise NoReplica("a model's actor has died meanwhile; its next process holds no model yet") from error
         except self._ray.exceptions.RayActorError as error:
             raise ReplicaLost("a model's actor died") from error
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from typing import Protocol
 
 from reward_server.logs import where
@@ -24,6 +24,8 @@ BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 STEADY_S = 300.0
 """A replica that has lived for so long has all its restarts again."""
+LATE_S = 10.0
+"""Once one replica holds its model, a server that does not need all waits so long (s) for the others."""
 
 
 class ReplicaLost(Exception):  # noqa: N818 - reads as what it says where it is raised
@@ -32,6 +34,10 @@ class ReplicaLost(Exception):  # noqa: N818 - reads as what it says where it is 
 
 class NoReplica(ReplicaLost):
     """None lives: the batch was given to nobody, so that it is not what took one down."""
+
+
+class ReplicaAway(Deadline):
+    """Its process was not there: there is no place for it now. It has not failed, and may yet come."""
 
 
 class Replica(Protocol):
@@ -67,8 +73,9 @@ class ReplicaRunner:
     ) -> None:
         """Waits until all are loaded. `name`: the source's, for messages; `wait_s`: deadline for a free replica.
 
-        Without `needs_all` it begins with those that start, if one does, and those that are dead or late count as lost:
-        where replicas outlive the server, one that is gone for good must not keep the next server from the others.
+        Without `needs_all` it begins with those that start, if one does; those that are dead or late count as lost, and
+        join when they come: where replicas outlive the server, one that is away must not keep the next server from the
+        others.
         Raises what a replica raised while it loaded, ValueError where the replicas are not of one model."""
         self._name = name
         self._restarts = restarts
@@ -78,13 +85,12 @@ class ReplicaRunner:
         self._ended = threading.Event()
         self._used = dict.fromkeys(self._replicas, 0)
         try:
-            with ThreadPoolExecutor(max(1, len(replicas))) as pool:
-                starting = [pool.submit(replica.start) for replica in replicas]
-            errors = {replica: future.exception() for replica, future in zip(replicas, starting, strict=True)}
+            starting = _started(replicas, needs_all=needs_all)
+            errors = {replica: future.exception() for replica, future in starting.items() if future.done()}
             lost = [replica for replica, error in errors.items() if isinstance(error, ReplicaLost | Deadline)]
             if needs_all or len(lost) == len(replicas):
                 lost = []  # no loss to bear, but the error to raise
-            facts = [future.result() for replica, future in zip(replicas, starting, strict=True) if replica not in lost]
+            facts = [starting[replica].result() for replica in errors if replica not in lost]
             if not facts or any(one != facts[0] for one in facts):
                 revisions = len({one.revision for one in facts})
                 raise ValueError(f"{len(facts)} replicas of {revisions} models, one is needed")
@@ -94,11 +100,14 @@ class ReplicaRunner:
         self._facts = facts[0]
         now = time.monotonic()
         self._since = dict.fromkeys(self._replicas, now)
-        self._living = set(self._replicas)
-        self._free = deque(replica for replica in self._replicas if replica not in lost)
+        self._living = {replica for replica in errors if replica not in lost}
+        self._free = deque(replica for replica in self._replicas if replica in self._living)
         for replica in lost:
             log.error("a replica of %s did not start: %s", name, errors[replica])
             self._lose(replica)
+        for replica, future in starting.items():
+            if replica not in errors:
+                self._lose(replica, coming=future)
 
     @property
     def facts(self) -> ModelFacts:
@@ -161,26 +170,35 @@ class ReplicaRunner:
             self._free.append(replica)
             self._changed.notify_all()
 
-    def _lose(self, replica: Replica) -> None:
+    def _lose(self, replica: Replica, *, coming: Future[ModelFacts] | None = None) -> None:
+        """`coming`: a start of it that is under way."""
         with self._changed:
             self._living.discard(replica)
             self._changed.notify_all()  # who waits for another learns that there is one less
         if not self._ended.is_set():
             threading.Thread(
-                target=self._bring_back, args=(replica,), name=f"restarts-{self._name}", daemon=True
+                target=self._bring_back, args=(replica, coming), name=f"restarts-{self._name}", daemon=True
             ).start()
 
-    def _bring_back(self, replica: Replica) -> None:
+    def _bring_back(self, replica: Replica, coming: Future[ModelFacts] | None) -> None:
         number = self._replicas.index(replica) + 1
         if time.monotonic() - self._since[replica] >= STEADY_S:
             self._used[replica] = 0
-        log.warning("a replica of %s is lost: number %d of %d", self._name, number, self.lanes)
-        while self._used[replica] < self._restarts:
-            if self._ended.wait(min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** self._used[replica])):
-                return
-            self._used[replica] += 1
+        log.warning(
+            "number %d of %d replicas of %s is %s", number, self.lanes, self._name, "late" if coming else "lost"
+        )
+        while coming is not None or self._used[replica] < self._restarts:
+            starting, coming = coming, None
+            if starting is None:
+                if self._ended.wait(min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** self._used[replica])):
+                    return
+                self._used[replica] += 1
             try:
-                facts = replica.start()
+                facts = replica.start() if starting is None else starting.result()
+            except ReplicaAway as error:
+                log.warning("replica %d of %s: %s", number, self._name, error)
+                self._used[replica] -= starting is None
+                continue
             except Exception as error:
                 log.error("replica %d of %s did not start: %s", number, self._name, where(error))
                 continue
@@ -199,6 +217,20 @@ class ReplicaRunner:
             log.warning("replica %d of %s is back", number, self._name)
             return
         log.error("replica %d of %s is not started again: %d restarts are used", number, self._name, self._restarts)
+
+
+def _started(replicas: Sequence[Replica], *, needs_all: bool) -> dict[Replica, Future[ModelFacts]]:
+    """The starts of all, done; or, without `needs_all`, some of them still under way while others are done."""
+    pool = ThreadPoolExecutor(max(1, len(replicas)))
+    starting = {replica: pool.submit(replica.start) for replica in replicas}
+    pool.shutdown(wait=False)
+    if not needs_all:
+        for future in as_completed(starting.values()):
+            if future.exception() is None:
+                wait(starting.values(), LATE_S)
+                return starting
+    wait(starting.values())
+    return starting
 
 
 def start_all(makers: Mapping[str, Callable[[], ReplicaRunner]]) -> dict[str, ReplicaRunner]:

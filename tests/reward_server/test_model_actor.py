@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import signal
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import pytest
 from reward_server.config import RewardSection
 from reward_server.model_actor import ActorReplica, ModelActor
 from reward_server.placement import model_spec, placed_models
-from reward_server.replicas import ReplicaLost, ReplicaRunner
-from reward_server.runner import ModelFacts, ModelSpec
+from reward_server.replicas import NoReplica, ReplicaLost, ReplicaRunner
+from reward_server.runner import ModelFacts, ModelSpec, Output, Row
 from reward_server.schema import Item
 from reward_server.scorers.build import build_scorers
-from services.errors import UserError
+from services.errors import Deadline, UserError
 
+FACTS = ModelFacts("sequence", "1", None, ("score",))
 ITEMS = [Item(id=str(i), prompt="Where is Rome?", response="In Italy. " * (i + 1)) for i in range(8)]
 
 
@@ -65,40 +68,96 @@ def test_replicas_score_like_a_local_model(ray_session: str, scoring_models: Any
             ray.kill(actor)
 
 
-class DiesLoading(ModelActor):
-    """Its process ends while it loads its model, `times` times; then it holds one."""
+class Told(ModelActor):
+    """Of the first loads, as many as `ends` has letters end its process (x) or hang (h); then it holds `FACTS`."""
 
-    def __init__(self, deaths: Path, times: int) -> None:
-        self._deaths, self._times = deaths, times
+    def __init__(self, began: Path, ends: str) -> None:
+        self._began, self._ends, self._loaded = began, ends, False
 
-    def facts(self) -> ModelFacts:
-        died = len(self._deaths.read_text())
-        if died < self._times:
-            self._deaths.write_text("x" * (died + 1))
+    @property
+    def _model(self) -> Any:
+        began = len(self._began.read_text())
+        self._began.write_text("." * (began + 1))
+        if self._ends[began : began + 1] == "x":
             os._exit(1)
-        return ModelFacts("sequence", "1", None, ("score",))
+        if self._ends[began : began + 1] == "h":
+            time.sleep(600)
+        return Held()
+
+    def pid(self) -> int:
+        return os.getpid()
 
 
-@pytest.mark.parametrize(("times", "lost"), [(2, False), (100, True)])
-def test_a_model_whose_process_dies_of_loading_it_is_not_loaded_for_ever(
-    ray_session: str, tmp_path: Path, times: int, lost: bool
-) -> None:
+class Held:
+    facts = FACTS
+
+    def run(self, rows: Sequence[Row]) -> list[Output]:
+        return [[[1.0]] for _ in rows]
+
+
+@pytest.fixture
+def told(ray_session: str, tmp_path: Path) -> Iterator[Callable[[str], tuple[Any, Path]]]:
+    """Makes the actor whose loads end so, and the file with a dot for each of them."""
     import ray
 
     assert ray_session
-    (deaths := tmp_path / "deaths").touch()
-    remote: Any = ray.remote(num_cpus=0, max_restarts=-1)(DiesLoading)
-    actor = remote.remote(deaths, times)
-    try:
-        replica = ActorReplica(actor, ray, load_s=120)
-        if lost:
-            with pytest.raises(ReplicaLost, match="died 3 times while it loaded"):
-                replica.start()
-            assert deaths.read_text() == "xxx"
-        else:
-            assert replica.start().task == "sequence"
-    finally:
+    actors: list[Any] = []
+
+    def make(ends: str) -> tuple[Any, Path]:
+        (began := tmp_path / "began").touch()
+        actors.append(ray.remote(num_cpus=0, max_restarts=-1)(Told).remote(began, ends))
+        return actors[-1], began
+
+    yield make
+    for actor in actors:
         ray.kill(actor)
+
+
+def test_a_model_whose_process_dies_of_loading_it_is_not_loaded_for_ever(told: Any) -> None:
+    import ray
+
+    actor, began = told("xx" + "." + "x" * 100)
+    replica = ActorReplica(actor, ray, load_s=120)
+    assert replica.start() == FACTS
+    with pytest.raises(ReplicaLost, match="died 3 times while it loaded"):
+        replica.start()
+    assert len(began.read_text()) == 6
+
+
+def test_a_model_that_hangs_while_it_is_loaded_is_loaded_by_another_process(told: Any) -> None:
+    import ray
+
+    actor, _ = told("h")
+    with pytest.raises(Deadline, match="a model to load"):
+        ActorReplica(actor, ray, load_s=10).start()
+    assert ActorReplica(actor, ray, load_s=120).start() == FACTS
+
+
+def test_a_model_that_died_while_nothing_was_asked_is_looked_at_before_it_scores(told: Any) -> None:
+    """Another may stand in its directory by now; and it has the time to load that loading has."""
+    import ray
+
+    actor, began = told("")
+    runner = ReplicaRunner("s", [ActorReplica(actor, ray, load_s=120)], restarts=3)
+    rows = [Row((1, 2))]
+    assert runner.run(rows) == [[[1.0]]]
+    pid = ray.get(actor.pid.remote())
+    os.kill(pid, signal.SIGKILL)
+    while True:
+        try:
+            if ray.get(actor.pid.remote(), timeout=60) != pid:
+                break
+        except ray.exceptions.ActorUnavailableError:
+            time.sleep(0.1)
+    loads = len(began.read_text())
+    with pytest.raises(NoReplica):  # given to nobody: it is held, not counted as what took the model down
+        runner.run(rows)
+    end = time.monotonic() + 60
+    while runner.living() < 1:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert runner.run(rows) == [[[1.0]]]
+    assert len(began.read_text()) > loads
 
 
 @pytest.mark.slow

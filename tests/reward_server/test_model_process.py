@@ -17,7 +17,7 @@ from reward_server.config import RewardSection
 from reward_server.local_model import LocalModel
 from reward_server.model_process import ModelFailed, ModelProcess, model_processes, visible_gpus
 from reward_server.placement import share_gpus
-from reward_server.replicas import ReplicaLost, ReplicaRunner
+from reward_server.replicas import ReplicaAway, ReplicaLost, ReplicaRunner
 from reward_server.runner import ModelFacts, ModelSpec, Output, Row
 from services.errors import Deadline, UserError
 
@@ -205,6 +205,37 @@ def test_a_server_begins_with_the_replicas_that_live(monkeypatch: pytest.MonkeyP
     for _ in range(4):
         assert runner.run(ROWS) == [[[1.0]]] * 3
     assert late.runs > 0
+    runner.close()
+
+
+def test_a_server_does_not_wait_for_a_replica_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reward_server.replicas.LATE_S", 0.05)
+    comes = threading.Event()
+
+    class Slow(Scripted):
+        def start(self) -> ModelFacts:
+            assert comes.wait(60)
+            return super().start()
+
+    runner = ReplicaRunner("s", [Scripted(), slow := Slow()], restarts=1, needs_all=False)
+    assert (runner.living(), runner.run(ROWS)) == (1, [[[1.0]]] * 3)
+    comes.set()
+    until(lambda: runner.living() == 2)
+    for _ in range(4):
+        assert runner.run(ROWS) == [[[1.0]]] * 3
+    assert (slow.starts, slow.runs) == (1, 2)
+    runner.close()
+
+
+def test_waiting_for_a_place_uses_up_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reward_server.replicas.BACKOFF_S", 0.01)
+    away = ReplicaAway(waited_for="a place", who="a model's actor", seconds=1)
+    mortal = Scripted(ReplicaLost("gone"), facts=(FACTS, away, away, away, FACTS))
+    runner = ReplicaRunner("s", [mortal], restarts=1)
+    with pytest.raises(ReplicaLost, match="gone"):
+        runner.run(ROWS)
+    until(lambda: runner.living() == 1)
+    assert (mortal.starts, runner.run(ROWS)) == (5, [[[1.0]]] * 3)
     runner.close()
 
 
