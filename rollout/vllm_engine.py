@@ -23,7 +23,7 @@ from rollout.refusals import RequestRefused, check_fits, check_keys
 from rollout.sampling import check_sampling, truncates
 from rollout.vllm_capture.request import extra_args
 from rollout.vllm_in_process import InProcessLLM
-from rollout.vllm_plugin import BACKEND
+from rollout.vllm_plugin import BACKEND, own_processes
 from services.attention.config import CaptureSection
 from services.errors import Deadline, UserError
 from services.models import eos_ids_of_policy, load_config, max_context_of
@@ -264,6 +264,7 @@ def _start_llm(policy: PolicySection, section: RolloutSection, max_context: int 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(section.threads)
+    own_processes()
     try:
         from vllm.config import WeightTransferConfig
         from vllm.platforms import current_platform

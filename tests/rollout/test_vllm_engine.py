@@ -5,11 +5,14 @@ whatever the scheduler did to them; weights that change before, between and in t
 import asyncio
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -387,6 +390,34 @@ def test_two_ranks_share_the_heads(ray_session: str, policy: PolicySection, tmp_
     finally:
         host.call("close")
         host.kill()
+
+
+@pytest.mark.slow
+def test_the_processes_of_an_engine_end_with_the_one_that_started_them(policy: PolicySection) -> None:
+    """Killed as the kernel kills: what is left would keep a GPU's memory from the engine that comes in its place."""
+    program = f"""
+import asyncio, sys, time
+from rollout.config import RolloutSection, VllmSection
+from rollout.vllm_engine import VllmEngine
+from services.attention.config import CaptureSection
+from services.models_config import PolicySection
+if __name__ == "__main__":
+    section = RolloutSection(engine="vllm", max_batch_rows=8, vllm=VllmSection(tensor_parallel=2))
+    engine = VllmEngine(PolicySection(model={policy.model!r}), CaptureSection(), section)
+    asyncio.run(engine.start())
+    print("up", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as owner:
+        try:
+            assert owner.stdout is not None
+            assert any(line == "up\n" for line in owner.stdout)
+            started = psutil.Process(owner.pid).children(recursive=True)
+        finally:
+            owner.kill()
+    assert len(started) >= 3  # the engine's and two workers
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert left == []
 
 
 class OwnVllm:
