@@ -90,6 +90,7 @@ def start_learners(
                 run_dir,
                 within=None if room is None else room.options(rank),
             ),
+            part=part,
         )
         for rank in range(part.count)
     )

@@ -121,7 +121,7 @@ def _model_actors(supervisor: Supervisor, part: Part, spec: ModelSpec, threads: 
     for index in range(part.count):
         title = f"{part.name} {index + 1}"
         handles.append(supervisor.actor(title.replace(" ", "-"), ModelActor, part, environment, spec))
-        supervisor.others.append(Running(title, handles[-1]))
+        supervisor.others.append(Running(title, handles[-1], part=part))
     return handles
 
 
@@ -160,8 +160,8 @@ def start_rollouts(
     supervisor.start_rollouts(part, start, missing=config.rollout.actors - part.count)
 
 
-def wait_for_rollouts(supervisor: Supervisor, seconds: float, tick: Callable[[], None]) -> None:
-    """Returns once there is a rollout actor and all that run have built their engines.
+def wait_for_rollouts(supervisor: Supervisor, count: int, seconds: float, tick: Callable[[], None]) -> None:
+    """Returns once there is a rollout actor, and `count` or all that run have built their engines.
 
     Raises:
         Deadline: names those that have not.
@@ -179,7 +179,7 @@ def wait_for_rollouts(supervisor: Supervisor, seconds: float, tick: Callable[[],
         done = supervisor.ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)[0] if waiting else []
         tick()
         supervisor.check()  # raises what the engine of one that failed said
-        if rollouts and len(done) == len(waiting) and supervisor.rollouts == rollouts:
+        if rollouts and len(done) >= min(count, len(waiting)) and supervisor.rollouts == rollouts:
             return
         if time.monotonic() > end:
             supervisor.check_room("rollout", seconds)

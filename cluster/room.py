@@ -62,4 +62,5 @@ def room_for_learner(
         if room is not None:
             return part, room
         part = plan_with_room(config, supervisor, look, end - time.monotonic())["learner"]
+        supervisor.planned[part.name] = part
     return part, None

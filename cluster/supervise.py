@@ -12,10 +12,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster.plan import Part, amount
+from cluster.plan import Node, Part, amount, place
 from cluster.pulse import Pulse
 from cluster.reservation import Reservation
 from cluster.restarts import RestartBudget
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 POLL_S = 0.05
 END_S = 30.0
 """Seconds for a process that was killed to be gone."""
+
+VIEW_S = 10.0
+"""Seconds after which Ray's view of what is free shows what was started where there was room; mostly it takes one."""
 
 COUNTERS_S = 2.0
 """Seconds for the parts to say their counters; the line of a step waits no longer for them."""
@@ -74,6 +77,8 @@ class Running:
     running: Any = None
     up: Any = None
     """The reference of the call that brings it up, where there is one; its result goes to `Kept.on_up`."""
+    part: Part | None = None
+    """What it is one of, where it is no part that is kept up."""
     pulse: Pulse = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +127,8 @@ class Supervisor:
     others: list[Running] = field(default_factory=list)
     room: Reservation | None = None
     """What is reserved for the learner's ranks."""
+    planned: dict[str, Part] = field(default_factory=dict[str, Part])
+    """By name, what is to be started soon: until then, nothing else is started in its room."""
     on_death: Callable[[str], None] | None = None
     """Told the name of every rollout actor that has died, before another is started."""
     watch: Callable[[], None] = lambda: None
@@ -144,6 +151,7 @@ class Supervisor:
         Its name in Ray's lists is RUN/`title`, with a number from the second start of a title on: a name is free again
         only some time after its actor has died. `within`: the options that put it into a reservation.
         """
+        self.planned.pop(part.name, None)
         self._titles[title] += 1
         started = self._titles[title]
         options: dict[str, Any] = {
@@ -317,10 +325,9 @@ class Supervisor:
         kept.due = time.monotonic() + pause
 
     def _start_again(self, kept: Kept, now: float) -> None:
-        if not self._has_room(kept.part):
+        if not self.has_room(kept.part):
             if kept.due:  # said once
-                log.warning("the cluster has no room for %s now: the run goes on without", kept.part.name)
-                self.run_dir.event("part_missing", part=kept.part.name)
+                self.say_missing(kept.part)
             kept.due = 0.0
             kept.no_room_since = kept.no_room_since or now
             return
@@ -329,14 +336,42 @@ class Supervisor:
         self.run_dir.event("part_started", actor=kept.now.name)
         kept.now.pulse.moved = now
 
-    def _has_room(self, part: Part) -> bool:
-        """Whether a node has free what one of the part needs: one that Ray cannot place would look like a stuck one."""
-        need = {"CPU": part.cpus, "GPU": part.gpus, "memory": part.memory_gb * 2**30}
-        return any(all(free.get(name, 0.0) + 1e-9 >= least for name, least in need.items()) for free in self._free())
+    def say_missing(self, part: Part) -> None:
+        log.warning("the cluster has no room for %s now: the run goes on without", part.name)
+        self.run_dir.event("part_missing", part=part.name)
 
-    def _free(self) -> list[dict[str, float]]:
-        """What each living node has free, by resource. Ray's public `available_resources` has the sum alone."""
-        return list(self.ray._private.state.available_resources_per_node().values())
+    def has_room(self, part: Part) -> bool:
+        """Whether a node has free what one of the part needs, beside what is spoken for: one that Ray cannot place
+        would look like a stuck one, and one that takes the learner's room would end the run."""
+        try:
+            place([*self._spoken_for(part.name), replace(part, count=1)], self._free())
+        except PlanError:
+            return False
+        return True
+
+    def _spoken_for(self, but: str) -> list[Part]:
+        """What is to be started, `but` for one part, and what was started and Ray's view may not show yet."""
+        now = time.monotonic()
+        starting = [
+            kept.part
+            for kept in self.kept
+            if kept.now is not None and not kept.now.pulse.beats and kept.now.pulse.still_s(now) < VIEW_S
+        ]
+        ranks = self.learners if self.room is None else []  # what is reserved is not free
+        starting += [each.part for each in [*self.others, *ranks] if each.part is not None and not each.pulse.beats]
+        counted = Counter(replace(part, count=1) for part in starting)
+        return [
+            *(part for name, part in self.planned.items() if name != but),
+            *(replace(part, count=count) for part, count in counted.items()),
+        ]
+
+    def _free(self) -> list[Node]:
+        """What each living node has free. Ray's public `available_resources` has the sum alone."""
+        view: Mapping[str, Mapping[str, float]] = self.ray._private.state.available_resources_per_node()
+        return [
+            Node(name, free.get("CPU", 0.0), free.get("GPU", 0.0), free.get("memory", 0.0) / 2**30)
+            for name, free in view.items()
+        ]
 
     def check_room(self, kind: str, seconds: float) -> None:
         """Asked by who waits for a part of a kind.
@@ -348,14 +383,17 @@ class Supervisor:
         since = [each.no_room_since for each in kept if each.now is None and each.no_room_since is not None]
         if not kept or len(since) < len(kept) or time.monotonic() - max(since) < seconds:
             return
-        part = kept[0].part
-        there = "; ".join(
-            amount(free.get("CPU", 0.0), free.get("GPU", 0.0), free.get("memory", 0.0) / 2**30) for free in self._free()
-        )
         lost = ", ".join(each.lost for each in kept if each.lost)
-        raise PlanError(
-            f"{lost} died and none of its kind is left: for {seconds:.0f} s (cluster.start_s) the cluster had no room "
-            f"for another, which needs {amount(part.cpus, part.gpus, part.memory_gb)} on one node; free are {there}. "
+        raise self.no_room(kept[0].part, f"{lost} died and none of its kind is left", seconds)
+
+    def no_room(self, part: Part, why: str, seconds: float) -> PlanError:
+        """The error to end the run with, where there was no room for so long."""
+        there = "; ".join(amount(free.cpus, free.gpus, free.memory_gb) for free in self._free())
+        first = ", ".join(f"{each.count} x {each.name}" for each in self._spoken_for(part.name))
+        return PlanError(
+            f"{why}: for {seconds:.0f} s (cluster.start_s) the cluster had no room "
+            f"for another, which needs {amount(part.cpus, part.gpus, part.memory_gb)} on one node; free are {there}"
+            f"{f', spoken for by {first}' if first else ''}. "
             "Go on with --resume auto when there are nodes"
         )
 
@@ -435,6 +473,8 @@ class Supervisor:
             Deadline: one lives on.
         """
         ranks, self.learners = self.learners, []
+        if ranks and (part := ranks[0].part) is not None:
+            self.planned[part.name] = part  # they come back, and would find their room taken
         for part in ranks:
             self.ray.kill(part.handle, no_restart=True)
         end = time.monotonic() + END_S

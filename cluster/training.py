@@ -140,8 +140,12 @@ class Training:
         settle_best(self.run, self.history, self.config.checkpoint.timeout_s, self._tick)
         self.batches.reconcile()
         parts = self._plan()
+        self.supervisor.planned["learner"] = parts["learner"]
         if self.rewards is None:
             self.progress.phase("starting")
+            # What is started later than the rollout actors, whose missing ones start wherever there is room.
+            later = ("scoring_worker", EVALUATOR)
+            self.supervisor.planned |= {name: parts[name] for name in later if name in parts}
             # All come up side by side: building an engine takes as long as loading the policy.
             start_rollouts(
                 self.supervisor, parts["rollout"], self.config, self.data.idf_text, self.url, self.history.run_id
@@ -149,7 +153,7 @@ class Training:
             self.rewards = RewardParts(self.supervisor, parts, self.config, self.url, self.history.run_id)
         self._start_learners(parts["learner"])
         self.rewards.wait(self.config.cluster.start_s, self._tick)
-        wait_for_rollouts(self.supervisor, self.config.cluster.start_s, self._tick)
+        wait_for_rollouts(self.supervisor, parts["rollout"].count, self.config.cluster.start_s, self._tick)
         if self.config.cluster.weights == "collective":
             self.rounds = WeightRounds(self.supervisor, self.learners, self.ledger, self.run, self.config)
         self._flow.begin()

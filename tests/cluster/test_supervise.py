@@ -15,12 +15,13 @@ from cluster import evaluator
 from cluster.evaluator import Evaluator
 from cluster.files import read_jsonl
 from cluster.learners import LearnerGroup
+from cluster.parts import wait_for_rollouts
 from cluster.plan import Part
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
-from cluster.supervise import LearnerDied, PartFailed, Running, Supervisor
+from cluster.supervise import VIEW_S, Kept, LearnerDied, PartFailed, Running, Supervisor
 from reward_server.worker import ScoringOutage
-from services.errors import PlanError, UserError
+from services.errors import Deadline, PlanError, UserError
 from services.stream.errors import StreamLost
 
 
@@ -41,6 +42,7 @@ class Actor:
 
     def __init__(self) -> None:
         self.dead = False
+        self.ready_at_once = False
         self.calls: list[Reference] = []
 
     def __getattr__(self, method: str) -> Any:
@@ -50,6 +52,8 @@ class Actor:
                 reference.end(error=exceptions.ActorDiedError())
             elif method == "pulse":
                 reference.end((0, False))
+            elif method == "ready" and self.ready_at_once:
+                reference.end()
             return reference
 
         return SimpleNamespace(remote=remote)
@@ -62,6 +66,17 @@ class Actor:
         self.dead = True
         for reference in self.calls:
             reference.end(error=exceptions.ActorDiedError())
+
+
+class Silent(Actor):
+    """Its process is not up yet: not even a pulse is answered."""
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*_: object) -> Reference:
+            self.calls.append(reference := Reference())
+            return reference
+
+        return SimpleNamespace(remote=remote)
 
 
 class Ray:
@@ -283,4 +298,95 @@ def test_rollout_actors_without_room_are_waited_for_while_one_is_left_and_then_f
     crew.ray.free = [{"CPU": 0.5}, {"CPU": 1.0}]
     crew.supervisor.check()
     crew.supervisor.check_room("rollout", 0.0)
-    assert crew.events().count("part_started") == 2
+    assert crew.events().count("part_started") == 1
+
+
+def missing_rollouts(crew: Crew, count: int) -> None:
+    """An elastic run: there was room for one of `count` + 1 rollout actors."""
+    for _ in range(count):
+        crew.supervisor.keep(Kept("rollout", crew.part, lambda: crew.rollout("late")), missing=True)
+
+
+def test_what_one_look_starts_is_not_room_for_the_next_while_rays_view_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    crew.supervisor.check()
+    crew.supervisor.check()  # the first is heard
+    missing_rollouts(crew, 4)
+    crew.ray.free = [{"CPU": 1.5}, {"CPU": 1.0}]
+    monkeypatch.setattr(crew, "rollout", lambda name: Running(name, coming_up := Silent(), coming_up.run.remote()))
+    for _ in range(3):
+        crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 3
+    crew.ray.free = [{"CPU": 1.0}, {}]  # what was started is placed, and another job has gone
+    for late in crew.supervisor.rollouts[1:]:
+        late.pulse.moved -= VIEW_S
+    crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 4
+
+
+def test_the_room_of_ranks_that_come_back_is_not_taken_by_rollout_actors_that_were_missing(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    learner = Part("learner", 2, 1.0)
+    crew.supervisor.learners = [Running(f"learner-{rank}", Actor(), part=learner) for rank in range(2)]
+    missing_rollouts(crew, 2)
+    crew.ray.free = [{"CPU": 0.5}, {"CPU": 0.5}]
+    crew.supervisor.check()
+    crew.supervisor.learners[0].handle.die()
+    crew.supervisor.stop_learners()
+    crew.ray.free = [{"CPU": 1.0}, {"CPU": 1.0}]
+    crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 1
+    answers = crew.supervisor.actor("learner-0", Actor, learner, {})
+    crew.supervisor.learners = [
+        Running("learner-0", answers, part=learner),
+        Running("learner-1", Silent(), part=learner),
+    ]
+    crew.ray.free = [{"CPU": 1.0}, {}]  # one is placed and answers, the other is on its way
+    for _ in range(3):
+        crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 1
+    crew.ray.free = [{"CPU": 1.0}, {"CPU": 1.0}]
+    crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 2
+
+
+def test_a_reservation_holds_its_room_by_itself(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    reserved: Any = SimpleNamespace()
+    crew.supervisor.room = reserved
+    crew.supervisor.learners = [Running("learner-0", Silent(), part=Part("learner", 1, 1.0))]
+    missing_rollouts(crew, 1)
+    crew.ray.free = [{"CPU": 1.0}]
+    crew.supervisor.check()
+    crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 2
+
+
+def test_the_evaluators_room_is_kept_until_it_is_started(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    part = Part("evaluator", 1, 1.0)
+    crew.supervisor.planned["evaluator"] = part
+    missing_rollouts(crew, 1)
+    crew.ray.free = [{"CPU": 1.5}]
+    crew.supervisor.check()
+    crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 1
+    crew.supervisor.others.append(Running("evaluator", crew.supervisor.actor("evaluator", Actor, part, {}), part=part))
+    crew.ray.free = [{"CPU": 1.0}]
+    for _ in range(2):
+        crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 2
+
+
+def test_the_first_start_waits_for_the_engines_that_were_planned_alone(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    crew.supervisor.rollouts[0].handle.ready_at_once = True
+    missing_rollouts(crew, 1)
+    crew.supervisor.check()
+    crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 2  # the second builds its engine still
+    wait_for_rollouts(crew.supervisor, 1, 0.5, nothing)
+    with pytest.raises(Deadline, match=r"to build their engines: late did not answer"):
+        wait_for_rollouts(crew.supervisor, 2, 0.5, nothing)
