@@ -79,6 +79,8 @@ class Running:
     """The reference of the call that brings it up, where there is one; its result goes to `Kept.on_up`."""
     part: Part | None = None
     """What it is one of, where it is no part that is kept up."""
+    down: bool = False
+    """Whether its death was said and it was not heard since: Ray may take long to start it again."""
     pulse: Pulse = field(init=False)
 
     def __post_init__(self) -> None:
@@ -251,10 +253,14 @@ class Supervisor:
         if part.pulse.reference not in done:
             return None
         try:
-            part.pulse.heard(self.ray.get(part.pulse.reference), now)
+            answer = self.ray.get(part.pulse.reference)
         except Exception as error:  # whatever ended the actor
             part.pulse.reference = None
             return self.part_failed(part.name, error)
+        part.pulse.heard(answer, now)
+        if part.down:
+            part.down = False
+            self.run_dir.event("part_started", actor=part.name)
         return None
 
     def _other_died(self, part: Running, error: Exception) -> None:
@@ -265,8 +271,10 @@ class Supervisor:
             self.others.remove(part)
         except Exception as unsettled:  # it is coming up again, or will be asked again
             log.debug("%s: %s", part.name, unsettled)
-        self.run_dir.event("part_died", actor=part.name, error=str(error))
-        log.warning("%s", error)
+        if not part.down:
+            part.down = True
+            self.run_dir.event("part_died", actor=part.name, error=str(error))
+            log.warning("%s", error)
 
     def _outcome(self, part: Running) -> Exception:
         try:

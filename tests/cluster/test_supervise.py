@@ -43,6 +43,8 @@ class Actor:
     def __init__(self) -> None:
         self.dead = False
         self.ready_at_once = False
+        self.error: Exception | None = None
+        """What a pulse ends with, where it is not up."""
         self.calls: list[Reference] = []
 
     def __getattr__(self, method: str) -> Any:
@@ -51,7 +53,7 @@ class Actor:
             if self.dead:
                 reference.end(error=exceptions.ActorDiedError())
             elif method == "pulse":
-                reference.end((0, False))
+                reference.end((0, False), self.error)
             elif method == "ready" and self.ready_at_once:
                 reference.end()
             return reference
@@ -275,6 +277,29 @@ def test_the_evaluator_is_started_again_after_its_own_death_alone(
     assert crew.events().count("evaluator_died") == 1
     assert crew.supervisor.others == [healthy]  # `stop` ends it with the others
     assert not healthy.handle.dead
+
+
+def test_a_model_that_ray_takes_long_to_start_again_died_once(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    model = Running("model of taste 1", Actor())
+    crew.supervisor.others.append(model)
+
+    def look() -> None:
+        model.pulse.asked = 0.0  # a second later
+        crew.supervisor.check()
+
+    for _ in range(2):
+        look()
+        model.handle.error = exceptions.ActorUnavailableError("no room for it", None)
+        for _ in range(3):
+            look()
+        model.handle.error = None
+        look()
+    assert crew.events() == ["part_died", "part_started"] * 2
+    model.handle.die()  # Ray has given it up
+    look()
+    assert crew.events() == ["part_died", "part_started"] * 2 + ["part_died"]
+    assert model not in crew.supervisor.others
 
 
 def test_rollout_actors_without_room_are_waited_for_while_one_is_left_and_then_for_so_long(tmp_path: Path) -> None:
