@@ -1,5 +1,6 @@
 """Evaluation during training: an actor with an engine of its own, so that no rollout actor is taken from its work."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from cluster.evaluate import EvaluationPrompt, evaluate
 from cluster.evaluation_config import EvaluationSection
 from cluster.evaluation_prompts import attention_options, evaluation_prompts
 from cluster.plan import Part
-from cluster.supervise import POLL_S, PartDied, Running, Supervisor
+from cluster.supervise import POLL_S, PartDied, Running, Supervisor, Unanswered
 from cluster.training_data import TrainingData
 from rollout.config import RolloutSection
 from rollout.worker import build_oracle
@@ -18,6 +19,8 @@ from services.attention.config import CaptureSection
 from services.attention.options import AttentionOptions
 from services.models import load_tokenizer
 from services.models_config import PolicySection
+
+log = logging.getLogger(__name__)
 
 NAME = "evaluator"
 
@@ -80,6 +83,7 @@ class Evaluator:
         section = config.evaluation
         prompts = evaluation_prompts(config, data, section.split, section.prompts)
         self._config = config
+        self._part = part
         self._supervisor = supervisor
         self._tick = tick
 
@@ -96,7 +100,7 @@ class Evaluator:
                 attention_options(config),
                 prompts,
             )
-            return Running(NAME, worker)
+            return Running(NAME, worker, part=part)
 
         self._start = start
         self._actor = start()
@@ -105,15 +109,18 @@ class Evaluator:
     def evaluate(self, publish: Callable[[], tuple[str, Callable[[], object] | None]]) -> Evaluation:
         """Measures the weights that `publish` names: a manifest, or an offer to NAME and the call that serves it.
 
-        Where the evaluator dies, another is started, within the budget, and asked from the beginning.
+        Where the evaluator dies, or does not answer, another is started, within the budget, and asked from the
+        beginning.
 
         Raises:
-            PartFailed, Deadline: it died too often, could not measure, or did not answer.
+            PartFailed, Deadline: it died too often, could not measure, or did not answer once too often.
+            PlanError: the cluster had no room for another.
         """
         while True:
-            published, serve = publish()
-            reference = self._actor.handle.evaluate.remote(published)
             try:
+                self._wait_until_up()
+                published, serve = publish()
+                reference = self._actor.handle.evaluate.remote(published)
                 if serve is not None:
                     serve()
                 scalars, value = self._supervisor.wait(
@@ -123,22 +130,67 @@ class Evaluator:
                     seconds=self._config.cluster.step_s,
                     tick=self._tick,
                 )[0]
-            except PartDied as error:
+            except (PartDied, Unanswered) as error:
                 self._start_again(error)
                 continue
             return Evaluation(scalars, value, larger=self._config.evaluation.best_goal == "max")
 
-    def _start_again(self, error: PartDied) -> None:
+    def _wait_until_up(self) -> None:
+        """Returns when its engine is built, or its process is known to be gone: the call that follows says why.
+
+        Raises:
+            Unanswered: neither within `cluster.start_s`. Ray waits without a word where it has no room.
+        """
+        seconds = self._config.cluster.start_s
+        end = time.monotonic() + seconds
+        while not self._actor.pulse.beats and any(part is self._actor for part in self._supervisor.others):
+            if time.monotonic() > end:
+                raise Unanswered(waited_for="the evaluator to come up", who=NAME, seconds=seconds)
+            self._look()
+
+    def _start_again(self, error: PartDied | Unanswered) -> None:
         supervisor = self._supervisor
         supervisor.run_dir.event("evaluator_died", actor=NAME, error=str(error))
+        supervisor.others = [part for part in supervisor.others if part is not self._actor]
+        try:
+            supervisor.ray.kill(self._actor.handle, no_restart=True)  # where it lives, and did not answer
+        except Exception as gone:
+            log.debug("%s: %s", NAME, gone)
         pause = supervisor.budget.spend(NAME)
         if pause is None:
             raise error
-        supervisor.others = [part for part in supervisor.others if part is not self._actor]
-        end = time.monotonic() + pause
-        while time.monotonic() < end:
-            self._tick()
-            supervisor.check()
-            time.sleep(POLL_S)
+        log.warning("%s; started again in %.1f s", error, pause)
+        supervisor.planned[NAME] = self._part
+        try:
+            end = time.monotonic() + pause
+            while time.monotonic() < end:
+                self._look()
+            self._wait_for_room()
+        finally:  # where the run goes back meanwhile, nobody starts it before the next evaluation
+            supervisor.planned.pop(NAME, None)
         self._actor = self._start()
         supervisor.others.append(self._actor)
+        supervisor.run_dir.event("part_started", actor=NAME)
+
+    def _wait_for_room(self) -> None:
+        """Returns when a node has room for it.
+
+        Raises:
+            PlanError: none has, for `cluster.start_s`.
+        """
+        supervisor, seconds = self._supervisor, self._config.cluster.start_s
+        end = time.monotonic() + seconds
+        said = False
+        while not supervisor.has_room(self._part):
+            if time.monotonic() > end:
+                raise supervisor.no_room(self._part, f"{NAME} died", seconds)
+            if not said:
+                log.warning("the cluster has no room for the evaluator now: it is waited for, up to %.0f s", seconds)
+                supervisor.run_dir.event("part_missing", part=NAME)
+                said = True
+            self._look()
+
+    def _look(self) -> None:
+        self._tick()
+        self._supervisor.check()
+        time.sleep(POLL_S)

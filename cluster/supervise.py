@@ -335,7 +335,8 @@ class Supervisor:
     def _start_again(self, kept: Kept, now: float) -> None:
         if not self.has_room(kept.part):
             if kept.due:  # said once
-                self.say_missing(kept.part)
+                log.warning("the cluster has no room for %s now: the run goes on without", kept.part.name)
+                self.run_dir.event("part_missing", part=kept.part.name)
             kept.due = 0.0
             kept.no_room_since = kept.no_room_since or now
             return
@@ -343,10 +344,6 @@ class Supervisor:
         kept.now = kept.start()
         self.run_dir.event("part_started", actor=kept.now.name)
         kept.now.pulse.moved = now
-
-    def say_missing(self, part: Part) -> None:
-        log.warning("the cluster has no room for %s now: the run goes on without", part.name)
-        self.run_dir.event("part_missing", part=part.name)
 
     def has_room(self, part: Part) -> bool:
         """Whether a node has free what one of the part needs, beside what is spoken for: one that Ray cannot place

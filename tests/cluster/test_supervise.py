@@ -19,7 +19,7 @@ from cluster.parts import wait_for_rollouts
 from cluster.plan import Part
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
-from cluster.supervise import VIEW_S, Kept, LearnerDied, PartFailed, Running, Supervisor
+from cluster.supervise import VIEW_S, Kept, LearnerDied, PartFailed, Running, Supervisor, Unanswered
 from reward_server.worker import ScoringOutage
 from services.errors import Deadline, PlanError, UserError
 from services.stream.errors import StreamLost
@@ -247,27 +247,39 @@ def test_a_redis_that_is_lost_while_the_learner_trains_is_no_death_of_a_rank(tmp
         Crew(tmp_path, restarts=0).train(look)
 
 
+class Measuring:
+    """A crew with an evaluator, and what measures with it."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, *, step_s: float = 5.0, start_s: float = 5.0):
+        monkeypatch.setattr(evaluator, "evaluation_prompts", lambda *_: [])
+        monkeypatch.setattr(evaluator, "attention_options", lambda *_: None)
+        config: Any = SimpleNamespace(
+            evaluation=SimpleNamespace(split="test", prompts=1, best_goal="max"),
+            rollout=SimpleNamespace(threads=1), policy=None, attention=None,
+            cluster=SimpleNamespace(step_s=step_s, start_s=start_s),
+        )  # fmt: skip
+        data: Any = None
+        self.crew = Crew(path, restarts=1)
+        self.asked = Evaluator(self.crew.supervisor, Part("evaluator", 1, 1.0), config, data, self.crew.tick)
+
+    @property
+    def actor(self) -> Actor:
+        return self.crew.supervisor.others[0].handle
+
+    def answer(self) -> None:
+        self.actor.end_calls(({}, 1.0))
+
+    def __call__(self, *script: Callable[[], object]) -> float:
+        self.crew.script = list(script)
+        return self.asked.evaluate(lambda: ("weights", None)).value
+
+
 def test_the_evaluator_is_started_again_after_its_own_death_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluator, "evaluation_prompts", lambda *_: [])
-    monkeypatch.setattr(evaluator, "attention_options", lambda *_: None)
-    config: Any = SimpleNamespace(
-        evaluation=SimpleNamespace(split="test", prompts=1, best_goal="max"),
-        rollout=SimpleNamespace(threads=1), policy=None, attention=None, cluster=SimpleNamespace(step_s=5.0),
-    )  # fmt: skip
-    data: Any = None
-    crew = Crew(tmp_path, restarts=1)
+    measure = Measuring(tmp_path, monkeypatch)
+    crew, answer = measure.crew, measure.answer
     others = crew.supervisor.others
-    asked = Evaluator(crew.supervisor, crew.part, config, data, crew.tick)
-
-    def measure(*script: Callable[[], object]) -> float:
-        crew.script = list(script)
-        return asked.evaluate(lambda: ("weights", None)).value
-
-    def answer() -> None:
-        crew.supervisor.others[0].handle.end_calls(({}, 1.0))
-
     assert measure(others[0].handle.die, nothing, answer) == 1.0
     assert crew.events().count("evaluator_died") == 1
     (healthy,) = crew.supervisor.others
@@ -277,6 +289,54 @@ def test_the_evaluator_is_started_again_after_its_own_death_alone(
     assert crew.events().count("evaluator_died") == 1
     assert crew.supervisor.others == [healthy]  # `stop` ends it with the others
     assert not healthy.handle.dead
+
+
+def test_an_evaluator_without_room_is_waited_for_and_then_the_run_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Measuring(tmp_path, monkeypatch, start_s=1.0)
+    crew = measure.crew
+    missing_rollouts(crew, 1)  # which would take its room
+    crew.ray.free = [{"CPU": 0.5}]
+
+    def lose_node() -> None:
+        crew.ray.free = [{"CPU": 0.5}]
+        measure.actor.die()
+
+    def add_node() -> None:
+        crew.ray.free.append({"CPU": 1.0})
+
+    assert measure(lose_node, *[nothing] * 3, add_node, *[nothing] * 5, measure.answer) == 1.0
+    told = [event for event in read_jsonl(crew.run.events) if event["event"] != "part_died"]
+    assert [event["event"] for event in told[:3]] == ["evaluator_died", "part_missing", "part_started"]
+    assert told[2]["actor"] == "evaluator"
+    crew.supervisor.budget.committed()
+    with pytest.raises(PlanError, match=r"evaluator died: for 1 s.* needs 1 CPU on one node; free are 0\.5 CPU\."):
+        measure(lose_node)
+    assert not crew.supervisor.planned
+
+
+@pytest.mark.parametrize("comes_up", [False, True])
+def test_an_evaluator_that_does_not_answer_is_ended_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_up: bool
+) -> None:
+    measure = Measuring(tmp_path, monkeypatch, step_s=0.5, start_s=0.5)
+    crew, stuck = measure.crew, measure.actor
+    if not comes_up:  # Ray has not placed it, and says nothing
+        stuck = crew.supervisor.others[0].handle = crew.supervisor.others[0].pulse.handle = Silent()
+
+    def answer_if_another() -> None:
+        crew.script.append(answer_if_another)
+        if crew.supervisor.others and measure.actor is not stuck:
+            measure.answer()
+
+    assert measure(answer_if_another) == 1.0
+    assert stuck.dead
+    assert crew.events() == ["evaluator_died", "part_started"]
+    crew.supervisor.others[0].handle = stuck = Silent()
+    with pytest.raises(Unanswered, match="0 s for the evaluation: evaluator did not answer"):
+        measure()
+    assert stuck.dead
 
 
 def test_a_model_that_ray_takes_long_to_start_again_died_once(tmp_path: Path) -> None:
