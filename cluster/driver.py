@@ -18,7 +18,7 @@ from cluster.feed import total_steps
 from cluster.history import History, begin_incarnation, open_history
 from cluster.janitor import began_at, with_janitor
 from cluster.model_dirs import is_marked, policy_mark
-from cluster.plan import fitting, machines_of_ray, nodes_of_ray
+from cluster.plan import addresses_of_ray, fitting, nodes_of_ray
 from cluster.ray_job import MARGIN_S, check_run_dir, is_job, short_grace, stop_wait_s
 from cluster.ray_metrics import RayMetrics
 from cluster.ray_runtime import ray_cluster
@@ -78,7 +78,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
                 return outcome
             stop.install()
             fitting(config, nodes_of_ray(ray.nodes()))
-            check_reach(config, machines_of_ray(ray.nodes()))
+            machine = check_reach(config, addresses_of_ray(ray.nodes()))
             telemetry = Telemetry(
                 config.run.trackers,
                 run.path,
@@ -94,7 +94,9 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
             begin_incarnation(run, history, data.fingerprint)
             budget = RestartBudget(config.cluster.restarts, config.cluster.restart_pause_s)
             label = f"{config.run.name}.{history.run_id[:6]}.{history.incarnation}"
-            supervisor = Supervisor(ray, label, run, ledger, budget, config.cluster.progress_s, watch=check_stream)
+            supervisor = Supervisor(
+                ray, label, run, ledger, budget, config.cluster.progress_s, watch=check_stream, machine=machine
+            )
             stack.callback(supervisor.stop)
             training = Training(
                 config, run, history, data, ledger, supervisor, stop, weights_dir, url, telemetry, console
@@ -141,24 +143,29 @@ def say_finished(config: Config, run: RunDir, history: History) -> None:
     say_end(run, config, Outcome(None, steps, steps, 0.0), counts)
 
 
-def check_reach(config: Config, machines: int) -> None:
+def check_reach(config: Config, machines: set[str]) -> str | None:
     """What a run keeps on one machine by default, actors on other machines would not find.
+
+    Returns the one of the machines (their addresses) that the run stays on whichever join the cluster later; None where
+    any can be used.
 
     Raises:
         UserError: the cluster has several, and the stream or the weights are on this one alone.
     """
-    if machines < 2:
-        return
+    in_shared_memory = config.cluster.weights == "files" and config.cluster.weights_dir is None
+    if config.stream.url is not None and not in_shared_memory:
+        return None
+    if len(machines) < 2:
+        return next(iter(machines), None)
     if config.stream.url is None:
         raise UserError(
-            f"stream.url: is null, and the cluster has {machines} machines; give the URL of a Redis that all of "
+            f"stream.url: is null, and the cluster has {len(machines)} machines; give the URL of a Redis that all of "
             "them reach"
         )
-    if config.cluster.weights == "files" and config.cluster.weights_dir is None:
-        raise UserError(
-            f"cluster.weights_dir: is null (shared memory), and the cluster has {machines} machines; give a path that "
-            "all of them see, or set cluster.weights to 'collective'"
-        )
+    raise UserError(
+        f"cluster.weights_dir: is null (shared memory), and the cluster has {len(machines)} machines; give a path that "
+        "all of them see, or set cluster.weights to 'collective'"
+    )
 
 
 @contextmanager

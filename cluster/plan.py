@@ -160,12 +160,14 @@ def amount(cpus: float, gpus: float, memory_gb: float) -> str:
     return ", ".join(words)
 
 
-def nodes_of_ray(rows: Sequence[Mapping[str, object]]) -> list[Node]:
-    """The living nodes of `ray.nodes()`."""
+def nodes_of_ray(rows: Sequence[Mapping[str, object]], only: str | None = None) -> list[Node]:
+    """The living nodes of `ray.nodes()`; `only` those of the machine with this address."""
     nodes: list[Node] = []
     for row in rows:
         resources = row["Resources"]
         if not row["Alive"] or not isinstance(resources, Mapping):
+            continue
+        if only is not None and row["NodeManagerAddress"] != only:
             continue
         amount = {key: float(value) for key, value in resources.items() if isinstance(value, int | float)}
         nodes.append(
@@ -184,4 +186,14 @@ def machines_of_ray(rows: Sequence[Mapping[str, object]]) -> int:
 
     What one machine has for itself, its loopback and its shared memory, is out of reach for the others.
     """
-    return len({str(row["NodeManagerAddress"]) for row in rows if row["Alive"]})
+    return len(addresses_of_ray(rows))
+
+
+def addresses_of_ray(rows: Sequence[Mapping[str, object]]) -> set[str]:
+    """Of the machines that the living nodes of `ray.nodes()` are."""
+    return {str(row["NodeManagerAddress"]) for row in rows if row["Alive"]}
+
+
+def bound_to(address: str) -> dict[str, float]:
+    """What of Ray's resources binds an actor to a machine: each raylet there has 1 of it."""
+    return {f"node:{address}": 0.001}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.plan import Part
+from cluster.plan import Part, bound_to
 
 POLL_S = 0.05
 
@@ -33,8 +33,11 @@ class Reservation:
         remove_placement_group(self.group)
 
 
-def reserve(ray: Any, part: Part, *, seconds: float, tick: Callable[[], None]) -> Reservation | None:
-    """Room for every actor of a part; None where Ray has not found it within so many seconds.
+def reserve(
+    ray: Any, part: Part, *, seconds: float, tick: Callable[[], None], machine: str | None = None
+) -> Reservation | None:
+    """Room for every actor of a part, on one `machine` alone where it is given; None where Ray has not found it within
+    so many seconds.
 
     `tick` is called meanwhile; what it raises ends the wait, and the request with it.
     """
@@ -42,6 +45,7 @@ def reserve(ray: Any, part: Part, *, seconds: float, tick: Callable[[], None]) -
 
     amounts = {"CPU": part.cpus, "GPU": part.gpus, "memory": part.memory_gb * 2**30}
     bundle = {name: amount for name, amount in amounts.items() if amount}
+    bundle |= {} if machine is None else bound_to(machine)
     reservation = Reservation(placement_group([bundle] * part.count, strategy=STRATEGY[part.apart]))
     ready = reservation.group.ready()
     end = time.monotonic() + seconds

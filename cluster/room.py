@@ -28,7 +28,7 @@ def plan_with_room(config: Config, supervisor: Supervisor, look: Callable[[], No
     said = False
     while True:
         try:
-            return fitting(config, nodes_of_ray(supervisor.ray.nodes()))
+            return fitting(config, nodes_of_ray(supervisor.ray.nodes(), supervisor.machine))
         except PlanError as error:
             if time.monotonic() >= end:
                 raise
@@ -58,7 +58,7 @@ def room_for_learner(
         if left <= 0:
             what = f"room for {part.count} learner ranks (cluster.learner_placement: {part.apart})"
             raise Deadline(waited_for=what, who="Ray", seconds=seconds)
-        room = reserve(supervisor.ray, part, seconds=left, tick=look)
+        room = reserve(supervisor.ray, part, machine=supervisor.machine, seconds=left, tick=look)
         if room is not None:
             return part, room
         part = plan_with_room(config, supervisor, look, end - time.monotonic())["learner"]

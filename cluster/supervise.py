@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster.plan import Node, Part, amount, place
+from cluster.plan import Node, Part, amount, bound_to, place
 from cluster.pulse import Pulse
 from cluster.reservation import Reservation
 from cluster.restarts import RestartBudget
@@ -129,6 +129,8 @@ class Supervisor:
     others: list[Running] = field(default_factory=list)
     room: Reservation | None = None
     """What is reserved for the learner's ranks."""
+    machine: str | None = None
+    """The address of the machine that every actor is bound to; None: any of the cluster."""
     planned: dict[str, Part] = field(default_factory=dict[str, Part])
     """By name, what is to be started soon: until then, nothing else is started in its room."""
     on_death: Callable[[str], None] | None = None
@@ -161,6 +163,7 @@ class Supervisor:
             "name": f"{self.label}/{title}" + (f"#{started}" if started > 1 else ""),
             "runtime_env": {"env_vars": dict(env)},
             "max_restarts": part.restarts,
+            **({} if self.machine is None else {"resources": bound_to(self.machine)}),
             **(within or {}),
         }
         return self.ray.remote(cls).options(**options).remote(*args, **kwargs)
@@ -376,6 +379,7 @@ class Supervisor:
         return [
             Node(name, free.get("CPU", 0.0), free.get("GPU", 0.0), free.get("memory", 0.0) / 2**30)
             for name, free in view.items()
+            if self.machine is None or free.keys() >= bound_to(self.machine).keys()
         ]
 
     def check_room(self, kind: str, seconds: float) -> None:

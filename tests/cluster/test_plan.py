@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import Config
-from cluster.plan import Node, Part, fitting, machines_of_ray, nodes_of_ray, parts_of, place
+from cluster.plan import Node, Part, addresses_of_ray, fitting, machines_of_ray, nodes_of_ray, parts_of, place
 from cluster.recipe import resolve
 from services.errors import PlanError, UserError
 
@@ -131,6 +131,15 @@ def test_only_living_nodes_count() -> None:
     assert nodes_of_ray(rows) == [Node("a", 4, 0, 8), Node("c", 0, 2, 0)]
 
 
+def test_a_run_that_stays_on_one_machine_counts_every_node_of_it_and_no_other() -> None:
+    rows = [
+        {"NodeManagerHostname": name, "NodeManagerAddress": address, "Alive": True, "Resources": {"CPU": cpus}}
+        for name, address, cpus in [("a", "10.0.0.1", 1.0), ("a", "10.0.0.1", 2.0), ("b", "10.0.0.2", 4.0)]
+    ]
+    assert [node.cpus for node in nodes_of_ray(rows, "10.0.0.1")] == [1.0, 2.0]
+    assert [node.cpus for node in nodes_of_ray(rows)] == [1.0, 2.0, 4.0]
+
+
 def small_plan(**sections: dict[str, object]) -> Config:
     tree = {
         "data": {"source": "prompts.jsonl"},
@@ -184,6 +193,7 @@ def test_machines_are_counted_by_address_and_nodes_of_one_are_one() -> None:
         {"NodeManagerAddress": "10.0.0.1", "Alive": True},
         {"NodeManagerAddress": "10.0.0.2", "Alive": False},
     ]
+    assert addresses_of_ray(rows) == {"10.0.0.1"}
     assert machines_of_ray(rows) == 1
     assert machines_of_ray([*rows, {"NodeManagerAddress": "10.0.0.3", "Alive": True}]) == 2
 

@@ -51,12 +51,15 @@ def test_a_job_with_a_short_grace_says_so_in_its_events(tmp_path: Path, monkeypa
 def test_what_is_on_one_machine_alone_is_refused_on_several() -> None:
     alone = {"data": {}, "policy": {}}
     reached = {**alone, "stream": {"url": "redis://10.0.0.1"}}
-    check_reach(resolve(alone, "test"), 1)
+    one, two = {"10.0.0.1"}, {"10.0.0.1", "10.0.0.2"}
     with pytest.raises(UserError, match=r"stream\.url: is null, and the cluster has 2 machines"):
-        check_reach(resolve(alone, "test"), 2)
+        check_reach(resolve(alone, "test"), two)
     with pytest.raises(UserError, match=r"cluster\.weights_dir: is null"):
-        check_reach(resolve(reached, "test"), 2)
-    check_reach(resolve({**reached, "cluster": {"weights": "collective"}}, "test"), 2)
+        check_reach(resolve(reached, "test"), two)
+    anywhere = {**reached, "cluster": {"weights": "collective"}}
+    assert check_reach(resolve(anywhere, "test"), one) is check_reach(resolve(anywhere, "test"), two) is None
+    # A machine that joins later is none that the run could use.
+    assert check_reach(resolve(alone, "test"), one) == check_reach(resolve(reached, "test"), one) == "10.0.0.1"
 
 
 def test_the_runtime_environment_gives_the_default_grace() -> None:

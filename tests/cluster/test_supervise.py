@@ -88,12 +88,19 @@ class Ray:
 
     def __init__(self) -> None:
         self.free = [{"CPU": 4.0}]
+        self.options: dict[str, Any] = {}
+        """Of the actor that was started last."""
         nodes = SimpleNamespace(available_resources_per_node=lambda: dict(enumerate(self.free)))
         self._private = SimpleNamespace(state=nodes)
 
     def remote(self, cls: type) -> Any:
         del cls
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: Actor()))
+
+        def options(**asked: Any) -> Any:
+            self.options = asked
+            return SimpleNamespace(remote=lambda *_: Actor())
+
+        return SimpleNamespace(options=options)
 
     def kill(self, actor: Actor, *, no_restart: bool) -> None:
         assert no_restart
@@ -435,6 +442,22 @@ def test_the_room_of_ranks_that_come_back_is_not_taken_by_rollout_actors_that_we
     crew.ray.free = [{"CPU": 1.0}, {"CPU": 1.0}]
     crew.supervisor.check()
     assert len(crew.supervisor.rollouts) == 2
+
+
+def test_a_run_on_one_machine_binds_its_actors_to_it_and_sees_no_room_elsewhere(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    crew.supervisor.machine = "10.0.0.1"
+    crew.supervisor.check()
+    crew.supervisor.check()
+    missing_rollouts(crew, 1)
+    crew.ray.free = [{"CPU": 0.5, "node:10.0.0.1": 1.0}, {"CPU": 4.0, "node:10.0.0.2": 1.0}]  # this one came later
+    crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 1
+    crew.ray.free[0]["CPU"] = 1.0
+    crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 2
+    crew.supervisor.actor("scoring-0", Actor, crew.part, {})
+    assert crew.ray.options["resources"] == {"node:10.0.0.1": 0.001}
 
 
 def test_a_reservation_holds_its_room_by_itself(tmp_path: Path) -> None:
