@@ -86,4 +86,5 @@ ATTENTION_METRICS = ("reward", "coverage", "focus", "repeat", "spike", "mass", "
 REFERENCE_METRICS = ("exact_match", "token_f1", "rouge_l")
 TEXT_METRICS = ("repetition", "length", "finished")
 CORPUS_METRICS = ("distinct_1", "distinct_2", "perplexity")
+NEED_REFERENCE = (*REFERENCE_METRICS, "perplexity")
 METRICS = (*ATTENTION_METRICS, *REFERENCE_METRICS, *TEXT_METRICS, *CORPUS_METRICS)

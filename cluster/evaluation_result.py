@@ -88,18 +88,11 @@ class EvaluationResult(Record):
     failures: dict[Decoding, dict[str, int]]
     created_at: float
 
-    def figure(self, name: str) -> Figure:
-        """The figure DECODING/METRIC.
-
-        Raises:
-            UserError: this evaluation has no such figure.
-        """
+    def figure(self, name: str) -> Figure | None:
+        """The figure DECODING/METRIC; None where this evaluation has no such figure."""
         decoding, _, metric = name.partition("/")
-        for known, figures in self.figures.items():
-            if known == decoding and metric in figures:
-                return figures[metric]
-        have = ", ".join(f"{known}/{metric}" for known, figures in self.figures.items() for metric in figures)
-        raise UserError(f"evaluation has no figure {name!r}; it has {have or 'none: every response failed'}")
+        found = (figures.get(metric) for known, figures in self.figures.items() if known == decoding)
+        return next(found, None)
 
     def scalars(self) -> dict[str, float]:
         """Every figure's value under `evaluation/DECODING/METRIC`, and the number of failures, for metrics.jsonl."""

@@ -27,13 +27,18 @@ NAME = "evaluator"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures for metrics.jsonl, and the one that chooses the best policy (`larger`: larger is better)."""
+    """Figures for metrics.jsonl, and the one that chooses the best policy (`larger`: larger is better).
+
+    `value` is None where this evaluation has no such figure: it is then better than none.
+    """
 
     metrics: dict[str, float]
-    value: float
+    value: float | None
     larger: bool
 
     def better_than(self, best: float | None) -> bool:
+        if self.value is None:
+            return False
         return best is None or (self.value > best if self.larger else self.value < best)
 
 
@@ -60,8 +65,8 @@ class EvaluationWorker:
         """That it answers; an evaluation has a deadline of its own."""
         return 0, False
 
-    async def evaluate(self, published: str) -> tuple[dict[str, float], float]:
-        """Loads published weights and measures them; returns the scalars and the figure that chooses."""
+    async def evaluate(self, published: str) -> tuple[dict[str, float], float | None]:
+        """Loads published weights and measures them; the scalars, and the figure that chooses if it is there."""
         await self._engine.load_weights(published, NAME)
         result = await evaluate(
             self._engine,
@@ -71,7 +76,9 @@ class EvaluationWorker:
             max_tokens=self._max_tokens,
             decode=lambda ids: self._tokenizer.decode(list(ids), skip_special_tokens=True),
         )
-        return result.scalars(), result.figure(self._section.chooses_by).value
+        figure = result.figure(self._section.chooses_by)
+        # None: at one moment of a run every response may fail, of a policy that says nothing. No reason to end the run.
+        return result.scalars(), None if figure is None else figure.value
 
 
 class Evaluator:

@@ -363,7 +363,11 @@ class Training:
             return offer.model_dump_json(), partial(rounds.serve, offer)
 
         evaluation = self.evaluator.evaluate(publish)
-        if evaluation.better_than(self.history.best.get("value")):
+        if evaluation.value is None:
+            figure = self.config.evaluation.chooses_by
+            log.warning("step %d: the evaluation has no %s; the best policy stays what it was", step, figure)
+            self.run.event("evaluation_without_figure", step=step, figure=figure)
+        elif evaluation.better_than(self.history.best.get("value")):
             self.history.best = {"value": evaluation.value, "step": step}
             self._write_policy(self.run.policy_best, best_mark(self.history))  # in place with the commit that names it
         return {**evaluation.metrics, "time/evaluation_s": time.monotonic() - began}

@@ -6,6 +6,7 @@ from hashlib import blake2b
 from typing import Any
 
 from cluster.config import Config
+from cluster.evaluation_config import NEED_REFERENCE
 from cluster.files import read_jsonl, write_atomically
 from cluster.run_dir import RunDir
 from rollout.worker import build_renderer
@@ -36,13 +37,14 @@ def load_training_data(config: Config, run: RunDir | None = None) -> TrainingDat
 
     Raises:
         UserError: a source or a row that cannot be used, a training split without prompts, or one that is not the
-            split that the run was started with.
+            split that the run was started with; of a run, held-out prompts that its evaluations cannot use.
     """
     splits = load_prompts(config.data)
     if not splits.train:
         raise UserError(f"data.source {config.data.source!r}: the training split has no prompts")
     if run is not None:  # before anything of the run is written again by the wrong prompts
         _check_prompts(run, config.data.source, splits.train)
+        _check_evaluation(config, splits)
     renderer = build_renderer(config.policy, config.data, config.rollout)
     if _uses_idf(config):
         idf = fit_idf(splits.train, renderer, config.salience)
@@ -73,6 +75,26 @@ def _check_prompts(run: RunDir, source: str, prompts: Sequence[Prompt]) -> None:
                 f"started with ({before['count']} then, {now['count']} now; an edited, added, removed or moved row is "
                 "enough); put the source back as it was to go on, or choose another run directory"
             )
+
+
+def _check_evaluation(config: Config, splits: Splits) -> None:
+    """Raises UserError where no evaluation of the run could have the figure that chooses the best policy."""
+    section, source = config.evaluation, config.data.source
+    if not section.every:
+        return
+    prompts = splits.named(section.split)[: section.prompts]
+    if not prompts:
+        raise UserError(
+            f"evaluation.split {section.split!r}: data.source {source!r} leaves no prompts there, and evaluation.every "
+            f"is {section.every}; set data.{section.split}_fraction, choose the other split, or set evaluation.every "
+            "to 0"
+        )
+    if section.chooses_by.partition("/")[2] in NEED_REFERENCE and all(prompt.reference is None for prompt in prompts):
+        raise UserError(
+            f"evaluation.best_metric {section.best_metric!r}: needs a reference, and none of the {len(prompts)} "
+            f"prompts of the {section.split} split has one; name their column in data.columns.response, or choose a "
+            "metric that needs none"
+        )
 
 
 def _uses_idf(config: Config) -> bool:

@@ -36,6 +36,7 @@ FAULTS = frozenset(
         "best_forgotten",
         "checkpoint_refused",
         "ended",
+        "evaluation_without_figure",
         "fewer_ranks",
         "group_failed",
         "ledger_behind",

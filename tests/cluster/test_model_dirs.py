@@ -12,6 +12,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.driver import is_finished
+from cluster.evaluator import Evaluation
 from cluster.files import read_jsonl
 from cluster.history import History, open_history
 from cluster.model_dirs import best_mark, is_marked, partial_of, policy_mark, put_in_place, seal, settle_best
@@ -79,9 +80,11 @@ class Driver:
         number = self.history.steps_done
         self.history.steps[number] = [f"0:p{number}"]
         if value is not None:
-            found = SimpleNamespace(metrics={}, value=value, better_than=lambda best: best is None or value > best)
-            self.training.evaluator = cast(Any, SimpleNamespace(evaluate=lambda _: found))
-            self.training._evaluate(number)
+            self.evaluate(Evaluation({}, value, larger=True))
+
+    def evaluate(self, found: Evaluation) -> dict[str, float]:
+        self.training.evaluator = cast(Any, SimpleNamespace(evaluate=lambda _: found))
+        return self.training._evaluate(self.history.steps_done - 1)
 
     def commit(self) -> None:
         self.training._commit()
@@ -209,6 +212,29 @@ def test_the_best_is_in_place_with_the_commit_that_names_it(run: RunDir) -> None
     driver.commit()
     assert held(run.policy_best) == "after 3"
     assert json.loads((run.policy_best / "attune.json").read_text())["step"] == 3
+
+
+@pytest.mark.parametrize("larger", [True, False])
+def test_an_evaluation_without_its_figure_leaves_the_best_and_the_run_goes_on(run: RunDir, larger: bool) -> None:
+    """A policy that answers nothing at one moment has no reward to be chosen by."""
+    driver = Driver(run, 9)
+    nothing = Evaluation({"evaluation/greedy/failed": 4.0}, None, larger=larger)
+    driver.step()
+    assert driver.evaluate(nothing)["evaluation/greedy/failed"] == 4.0
+    driver.commit()
+    assert Driver(run, 9).history.best == {}
+    driver.step()
+    driver.evaluate(Evaluation({}, 0.5, larger=larger))
+    driver.step()
+    driver.evaluate(nothing)
+    driver.commit()
+    assert held(run.policy_best) == "after 2"
+    again = Driver(run, 9)
+    again.settle()
+    assert again.history.best == {"value": 0.5, "step": 1}
+    assert held(run.policy_best) == "after 2"
+    without = [event for event in read_jsonl(run.events) if event["event"] == "evaluation_without_figure"]
+    assert [(event["step"], event["figure"]) for event in without] == [(0, "greedy/reward"), (2, "greedy/reward")]
 
 
 def test_a_best_that_was_not_committed_is_forgotten(run: RunDir) -> None:

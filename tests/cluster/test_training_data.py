@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,48 @@ def test_a_reference_may_be_mended(run: RunDir, config: Config, source: Path) ->
     write(source, [row | {"response": row["response"].upper()} for row in questions()])
     start(run, config)
     assert run.last_incarnation() == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "evaluation", "says"),
+    [
+        ({}, {}, r"evaluation\.split 'validation': .* leaves no prompts there, and evaluation\.every is 5"),
+        (
+            {"validation_fraction": 0.5},
+            {"split": "test"},
+            r"evaluation\.split 'test': .* set data\.test_fraction",
+        ),
+        (
+            {"validation_fraction": 0.5},
+            {"best_metric": "greedy/rouge_l"},
+            r"evaluation\.best_metric 'greedy/rouge_l': needs a reference",
+        ),
+        ({"validation_fraction": 0.5}, {"best_metric": "nucleus/perplexity"}, r"evaluation\.best_metric"),
+    ],
+)
+def test_evaluations_that_could_never_choose_a_best_are_refused_before_the_run(
+    run: RunDir, config: Config, source: Path, data: dict[str, Any], evaluation: dict[str, Any], says: str
+) -> None:
+    write(source, [{"prompt": row["prompt"]} for row in questions()])
+    tree = config.model_dump(mode="json")
+    tree["data"] |= data
+    tree["evaluation"] |= {"every": 5, **evaluation}
+    asked = resolve(tree, "test")
+    with pytest.raises(UserError, match=says):
+        start(run, asked)
+    assert list(run.path.iterdir()) == []
+    load_training_data(asked)  # what is no run evaluates nothing on its own
+    tree["evaluation"]["every"] = 0
+    start(run, resolve(tree, "test"))
+
+
+def test_one_reference_is_enough_to_choose_by(run: RunDir, config: Config, source: Path) -> None:
+    (first, *others), splits = questions(), ["train", "validation"]
+    bare = [{"prompt": row["prompt"], "split": splits[place % 2]} for place, row in enumerate(others)]
+    write(source, [*bare, first | {"split": "validation"}])
+    tree = config.model_dump(mode="json")
+    tree["evaluation"] |= {"every": 5, "best_metric": "greedy/rouge_l"}
+    start(run, resolve(tree, "test"))
 
 
 def test_a_run_of_a_release_that_noted_no_prompts_goes_on_and_notes_them(
