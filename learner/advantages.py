@@ -61,6 +61,11 @@ class Advantages:
     loss_mask: Tensor
 
 
+def loss_mask_of(mask: Tensor, truncated: Tensor, finish_length: FinishLength) -> Tensor:
+    """The tokens [B, T] of `mask` that carry a loss."""
+    return mask & ~truncated[:, None] if finish_length == "mask" else mask
+
+
 @torch.no_grad()
 def estimate(
     experience: Experience,
@@ -84,7 +89,7 @@ def estimate(
     A group of one has rloo undefined: ValueError; grpo gives it 0. ValueError: values missing where they are needed.
     """
     mask = experience.mask.bool()
-    loss_mask = mask & ~experience.truncated[:, None] if finish_length == "mask" else mask
+    loss_mask = loss_mask_of(mask, experience.truncated, finish_length)
     values = experience.values
     if estimator in ("paper", "value", "gae") and values is None:
         raise ValueError(f"advantage {estimator} needs values")

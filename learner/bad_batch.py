@@ -5,9 +5,13 @@ an update (a loss or gradient that is not finite) is in the norm that the ranks 
 """
 
 import math
+from typing import TYPE_CHECKING
 
-from learner.batch import Batch
+from learner.advantages import FinishLength, loss_mask_of
 from learner.config import BadBatchSection
+
+if TYPE_CHECKING:
+    from learner.batch import Batch  # which raises BadBatch where samples make no batch
 
 
 class BadBatch(Exception):  # noqa: N818 - reads as what it says where it is raised
@@ -15,18 +19,23 @@ class BadBatch(Exception):  # noqa: N818 - reads as what it says where it is rai
 
 
 class NonFinite(BadBatch):
-    """A loss or gradient that is not a finite number."""
+    """A loss, gradient or recorded log-probability that is not a finite number."""
 
 
-def flat_share(batch: Batch) -> float:
+def flat_share(batch: "Batch") -> float:
     """The share of prompts whose samples all have the same reward: nothing is to be learnt from them. Prompts with one
     sample do not count; 0 where there are no others."""
     several = [values for values in batch.rewards_by_group() if len(values) > 1]
     return sum(max(values) == min(values) for values in several) / len(several) if several else 0.0
 
 
-def check_batch(batch: Batch, kl: float, section: BadBatchSection) -> None:
-    """Raises BadBatch where the batch is over a limit of the recipe. `kl`: nats a response, to the reference."""
+def check_batch(batch: "Batch", kl: float, section: BadBatchSection, finish_length: FinishLength) -> None:
+    """Raises BadBatch where nothing of the batch carries a loss, or it is over a limit of the recipe.
+
+    `kl`: nats a response, to the reference.
+    """
+    if not bool(loss_mask_of(batch.mask, batch.truncated, finish_length).any()):
+        raise BadBatch("every response was cut at the token limit, and `finish_length: mask` gives those no loss")
     if not math.isfinite(kl):
         raise NonFinite(f"the KL to the reference is {kl}")
     if section.kl_limit is not None and abs(kl) > section.kl_limit:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learner.bad_batch import BadBatch, NonFinite
 from learner.microbatch import Tokens, pad_rows
 from services.records import Group, Sample
 
@@ -50,7 +51,7 @@ def batch_of(groups: Sequence[Group], *, replay: bool) -> Batch:
     """The batch of these groups. `replay`: the sets that truncated sampling kept are replayed.
 
     Raises:
-        ValueError: no sample is ok; or a sample's log-probabilities are not one finite number a token.
+        BadBatch: no sample is ok; or a sample's log-probabilities are not one finite number a token.
     """
     samples: list[Sample] = []
     members: list[int] = []
@@ -59,11 +60,11 @@ def batch_of(groups: Sequence[Group], *, replay: bool) -> Batch:
         samples += ok
         members += [number] * len(ok)
     if not samples:
-        raise ValueError(f"none of the samples of {len(groups)} groups has a reward: there is nothing to train on")
+        raise BadBatch(f"none of the samples of {len(groups)} groups has a reward: there is nothing to train on")
     behaviour = pad_rows([_behaviour(sample, replay) for sample in samples])
     if not bool(torch.isfinite(behaviour).all()):
         row = int((~torch.isfinite(behaviour)).any(1).nonzero()[0])
-        raise ValueError(f"sample {samples[row].sample_id}: a recorded log-probability is not finite")
+        raise NonFinite(f"sample {samples[row].sample_id}: a recorded log-probability is not finite")
     return Batch(
         samples=tuple(samples),
         tokens=tuple(
@@ -81,7 +82,7 @@ def batch_of(groups: Sequence[Group], *, replay: bool) -> Batch:
 def _behaviour(sample: Sample, replay: bool) -> tuple[float, ...]:
     recorded = sample.sampling_logprobs if replay and sample.sampling_logprobs is not None else sample.logprobs
     if len(recorded) != len(sample.response_ids):
-        raise ValueError(
+        raise BadBatch(
             f"sample {sample.sample_id}: {len(recorded)} log-probabilities for {len(sample.response_ids)} tokens"
         )
     return recorded

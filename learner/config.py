@@ -35,7 +35,11 @@ class DriftSection(Section):
 
 
 class BadBatchSection(Section):
-    """What is no batch to train on, and what becomes of it. A loss or gradient that is not finite always counts."""
+    """What is no batch to train on, and what becomes of it.
+
+    A loss, gradient or recorded log-probability that is not finite always counts, and a batch of which nothing carries
+    a loss (`rollout.finish_length: mask`, and every response was cut).
+    """
 
     action: Literal["stop", "skip"] = Field(
         default="stop",

@@ -117,13 +117,16 @@ def train_step(
     """One step on these groups, which are in lease order. Collective.
 
     Raises:
-        BadBatch: the recipe stops at such a batch; the message names the step. NonFinite where a loss or gradient is.
+        BadBatch: the recipe stops at such a batch; the message names the step. NonFinite where a number is.
         DriftExceeded: rollouts and learner disagree by more than the recipe allows.
-        ValueError: the groups hold nothing that can be trained on.
     """
     section = engine.section
     torch.manual_seed(seed_of(rules.seed, step))
-    batch = batch_of(groups, replay=rules.replay)
+    before = state
+    try:
+        batch = batch_of(groups, replay=rules.replay)
+    except BadBatch as problem:
+        return _left_out(_in_step(step, problem), {}, before, section)
     drift = {} if recorder is None else _drift(engine, recorder, batch, step, rules)
     ref_logprobs, values, next_values = _before(engine, reference, batch, rules)
     seen = {
@@ -134,11 +137,10 @@ def train_step(
         **drift,
     }
     kl = float(kl_per_sequence(batch.behaviour, ref_logprobs, batch.mask).mean())
-    before = state
     try:
-        check_batch(batch, kl, section.bad_batch)
+        check_batch(batch, kl, section.bad_batch, rules.finish_length)
     except BadBatch as problem:
-        return _left_out(type(problem)(f"step {step}: {problem}"), seen, before, section)
+        return _left_out(_in_step(step, problem), seen, before, section)
     state = replace(state, standardiser=_taken(section, state.standardiser, batch.rewards))
     coef = 0.0 if section.kl.place == "none" else state.controller.coef
     penalty = kl_penalty(batch.behaviour, ref_logprobs, batch.mask, coef) if section.kl.place == "reward" else None
@@ -151,10 +153,6 @@ def train_step(
         finish_length=rules.finish_length,
         normalise=section.normalise_advantages,
     )
-    if not bool(advantages.loss_mask.any()):
-        raise ValueError(
-            f"step {step}: every response was cut at the token limit, and `finish_length: mask` gives those no loss"
-        )
     targets = _Targets(advantages, ref_logprobs, values, coef)
     seen |= {
         **kl_metrics(batch, ref_logprobs, coef),
@@ -171,6 +169,11 @@ def train_step(
         samples=sample_figures(batch, advantages, ref_logprobs, values, entropy),
         state=replace(state, controller=state.controller.update(kl, len(batch.samples))),
     )
+
+
+def _in_step(step: int, problem: BadBatch) -> BadBatch:
+    """The problem with the step's number."""
+    return type(problem)(f"step {step}: {problem}")
 
 
 def _left_out(problem: BadBatch, seen: dict[str, float], before: TrainerState, section: LearnerSection) -> StepResult:

@@ -4,6 +4,7 @@ A test starts as many as it wants ranks; they run the jobs one after the other, 
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,17 +88,31 @@ def poisoned(job: Job, rank: int) -> dict[str, Any]:
     return {"message": message, "before": before, "after": weights_of(worker, out / "after.pt")}
 
 
+def every_sample(groups: list[Group], **changes: Any) -> list[Group]:
+    return [
+        group.model_copy(update={"samples": tuple(s.model_copy(update=changes) for s in group.samples)})
+        for group in groups
+    ]
+
+
+def unknown(groups: list[Group]) -> list[Group]:
+    """An engine recorded no number for one token."""
+    sample = groups[-1].samples[-1]
+    broken = sample.model_copy(update={"logprobs": (math.nan, *sample.logprobs[1:])})
+    return [*groups[:-1], groups[-1].model_copy(update={"samples": (*groups[-1].samples[:-1], broken)})]
+
+
 def skipped(job: Job, rank: int) -> dict[str, Any]:
-    """A poisoned batch and one whose rewards do not vary, left out, and then the steps of the job."""
+    """Batches that are bad in one way each, left out, and then the steps of the job."""
     worker = worker_of(job, rank)
     worker.setup(job["address"], job["port"], None, None)
     state = worker.trainer
     groups = groups_of(job, 0)
-    flat = [
-        group.model_copy(update={"samples": tuple(s.model_copy(update={"reward": LIKE_ALL}) for s in group.samples)})
-        for group in groups
-    ]
-    bad = [worker.train_on(step, batch) for step, batch in ((7, poison(groups)), (8, flat))]
+    batches = (poison(groups), every_sample(groups, reward=LIKE_ALL), unknown(groups))
+    bad = [worker.train_on(step, batch) for step, batch in enumerate(batches, 7)]
+    recipe, worker._rollout = worker._rollout, {**worker._rollout, "finish_length": "mask"}
+    bad.append(worker.train_on(10, every_sample(groups, finish_reason="length")))
+    worker._rollout = recipe
     unmoved = worker.trainer == state and worker.engine.updates_done == 0
     steps = [worker.train_on(step, groups_of(job, step)) for step in range(job["last"])]
     return {

@@ -1,13 +1,16 @@
 """Groups to a batch: what is left out, which log-probabilities stand in the ratio, what is refused."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from learner.advantages import Advantages
+from learner.bad_batch import BadBatch, check_batch
 from learner.batch import batch_of
+from learner.config import BadBatchSection
 from learner.metrics import length_metrics, reward_metrics, sample_figures, version_metrics
 from services.records import Failure, Group, PolicyVersion, Prompt, Sample, Score
 
@@ -60,7 +63,7 @@ def test_failed_samples_are_left_out_and_counted() -> None:
         batch_of([group(sample(0, scores=half), sample(1, scores={**half, "judge": OK}))], replay=False)
     )
     assert (found["reward/judge/failed"], found["reward/length/failed"]) == (1, 0)
-    with pytest.raises(ValueError, match="nothing to train on"):
+    with pytest.raises(BadBatch, match="nothing to train on"):
         batch_of([group(sample(0, reward=FAILED))], replay=False)
 
 
@@ -92,9 +95,18 @@ def test_replay_takes_the_truncated_distribution_on_both_sides() -> None:
 
 @pytest.mark.parametrize(("logprobs", "said"), [((-1.0, -2.0), "2 log-prob"), ((-1.0, math.nan, -1.0), "not finite")])
 def test_log_probabilities_that_cannot_be_used_name_the_sample(logprobs: tuple[float, ...], said: str) -> None:
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(BadBatch, match=said) as caught:
         batch_of([group(sample(0), sample(1, logprobs=logprobs))], replay=False)
     assert "0:p:1" in str(caught.value)
+
+
+@pytest.mark.parametrize(("finish", "bad"), [(("length", "length"), True), (("length", "stop"), False)])
+def test_a_batch_of_which_nothing_carries_a_loss_is_bad(finish: tuple[str, str], bad: bool) -> None:
+    batch = batch_of([group(*(sample(k, finish_reason=why) for k, why in enumerate(finish)))], replay=False)
+    section = BadBatchSection()
+    check_batch(batch, 0.0, section, "bootstrap")
+    with pytest.raises(BadBatch, match="cut at the token limit") if bad else nullcontext():
+        check_batch(batch, 0.0, section, "mask")
 
 
 def test_metrics_of_rewards_lengths_and_staleness() -> None:

@@ -147,11 +147,15 @@ def test_a_gradient_that_is_not_finite_stops_and_names_the_step(two_ranks: Any) 
 def test_a_bad_batch_that_is_skipped_leaves_no_trace(two_ranks: Any) -> None:
     """Neither in the weights nor in the optimiser: what follows is as if it had not been there, bit for bit."""
     result = two_ranks["skipped"]
-    poisoned, flat = result["bad"]
+    poisoned, flat, unknown, cut = result["bad"]
     assert poisoned["bad"].startswith("step 7, epoch 0, minibatch 0:")
     assert flat["bad"].startswith("step 8: the rewards of 100% of the prompts do not vary")
     assert flat["metrics"]["reward/flat_share"] == 1.0
-    for step in (poisoned, flat):
+    assert unknown["bad"].startswith("step 9: sample ")
+    assert unknown["bad"].endswith("a recorded log-probability is not finite")
+    assert cut["bad"].startswith("step 10: every response was cut at the token limit")
+    assert cut["metrics"]["length/truncated_share"] == 1.0
+    for step in result["bad"]:
         assert step["metrics"]["policy/skipped"] == 1.0
         assert all(math.isfinite(value) for value in step["metrics"].values())
     assert result["unmoved"]
