@@ -31,7 +31,7 @@ from uuid import uuid4
 
 import redis
 
-from services.records import Failure, Group, Lease, PolicyVersion, Prompt
+from services.records import Failure, Group, Lease, PolicyVersion, Prompt, epoch_of
 from services.stream.account import STATES, Account, Gate, GroupRow, Settled, chunks, text
 from services.stream.calls import Argument
 from services.stream.codec import decode_group, decode_prompt, encode_group, encode_prompt
@@ -299,9 +299,8 @@ class Ledger(Account):
 
         Returns how many were not yet committed. Refuses a group that is committed in another step.
         """
-        return sum(
-            int(self._driven("commit", step, *chunk)) for step, groups in steps.items() for chunk in chunks(groups)
-        )
+        pairs = [(group, step) for step, groups in steps.items() for group in groups]
+        return sum(int(self._driven("commit", *(value for pair in chunk for value in pair))) for chunk in chunks(pairs))
 
     def mark_failed(self, failed: Mapping[str, Failure]) -> None:
         """What the driver takes for failed, whatever state it is in. Idempotent.
@@ -375,7 +374,7 @@ class Ledger(Account):
         stray = [i for i, step in zip(had, steps, strict=True) if i not in step_of or int(step) != step_of[i]]
         for chunk in chunks(stray):
             self._driven("uncommit", *chunk)
-        self.commit(committed)
+        self.commit(self._not_settled(committed))
         self.mark_failed(failed)
         rescored, pending = self._driven("sweep")
         return {"rescored": int(rescored), "pending": int(pending), "uncommitted": len(stray)}
@@ -393,7 +392,7 @@ class Ledger(Account):
         consumed, so that nobody generates them again. `batch`: the step under way and its groups, whose samples go back
         onto the stream. Everything else is pending: an answer to a lease of before is late.
         """
-        self.commit(committed)
+        self.commit(self._not_settled(committed))
         self.mark_failed(failed)
         for step, groups in trained.items():
             for chunk in chunks(groups):
@@ -406,6 +405,19 @@ class Ledger(Account):
                 self._driven(
                     "put_back", group.group_id, group.attempt, version.incarnation, version.step, encode_group(group)
                 )
+
+    def _not_settled(self, committed: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
+        """Of a manifest's steps the groups that a commit may still concern: a long run has few of them.
+
+        A settling that was cut off has left some of its groups here: they are among these.
+        """
+        epochs = self.settled().epochs
+        here = {group for groups in self.states().values() for group in groups} if epochs else set[str]()
+        found = {
+            step: [group for group in groups if epoch_of(group) >= epochs or group in here]
+            for step, groups in committed.items()
+        }
+        return {step: groups for step, groups in found.items() if groups}
 
     def look(self) -> tuple[str, bool]:
         """The name of the server's process, and whether it holds what this object called last.

@@ -128,6 +128,41 @@ def test_a_ledger_made_anew_begins_with_the_manifests_numbers(desk: Any) -> None
     assert ledger.counts()["pending"] == EPOCH
 
 
+def test_going_back_to_a_commit_costs_what_is_under_way_and_not_what_is_settled(
+    desk: Any, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger: Ledger = desk.ledger
+    steps = {step: [f"{step // 50}:p{2 * (step % 50) + n}" for n in range(2)] for step in range(2_000)}
+    ledger.settle(Settled(39, 3_900, 0), 3_900)
+    under_way = [group for step in range(1_950, 2_000) for group in steps[step]]
+    ledger.register(39, [(group, 3_900 + n) for n, group in enumerate(under_way)])
+    called: list[str] = []
+    driven = ledger._driven
+    monkeypatch.setattr(ledger, "_driven", lambda name, *args: called.append(name) or driven(name, *args))
+    ledger.reconcile(steps, {})
+    assert called == ["commit", "sweep"]
+    assert {row.group_id: row.step for row in ledger.list("committed")} == {
+        group: step for step in range(1_950, 2_000) for group in steps[step]
+    }
+    assert ledger.counts()["committed"] == 4_000
+    called.clear()
+    ledger.rebuild(steps, {}, {}, None)
+    assert called == ["commit"]
+    assert keys(client, ledger) == 100
+
+
+@pytest.mark.parametrize("was", ["committed elsewhere", "failed"])
+def test_what_a_settling_that_was_cut_off_has_left_is_put_right_too(desk: Any, client: redis.Redis, was: str) -> None:
+    ledger: Ledger = desk.ledger
+    (first, *_), _ = train_epoch(desk, 0)
+    client.hset(ledger._prefix + "settled", mapping={"epochs": 1, "committed": 0, "failed": 0})  # and nothing dropped
+    if was == "failed":
+        ledger.mark_failed({first: desk.DATA})
+    steps = {0 if was == "failed" else 7: [f"0:p{n}" for n in range(EPOCH)]}
+    ledger.reconcile(steps, {})
+    assert {(row.group_id, row.step) for row in ledger.list("committed")} == {(g, s) for s in steps for g in steps[s]}
+
+
 def test_an_epoch_larger_than_one_call_may_drop(desk: Any, client: redis.Redis) -> None:
     ledger: Ledger = desk.ledger
     ids = [f"0:p{n}" for n in range(1203)]

@@ -1,16 +1,19 @@
--- ARGV: step, then group ids. The manifest on the disk is the truth, so a group is committed from whatever state it is
+-- ARGV: pairs (group id, step). The manifest on the disk is the truth, so a group is committed from whatever state it is
 -- in; one that the ledger does not know is made, its order unknown until it is registered. Settled ones are passed over.
 local broken = broken_chain()
 if broken then return broken end
-local step, moved, epochs = ARGV[1], 0, settled_epochs()
-for i = 2, #ARGV do
-  local g = redis.call('HMGET', group_key(ARGV[i]), 'state', 'step')
-  if g[1] == 'committed' and g[2] ~= step then
-    return refuse('group ' .. ARGV[i] .. ' is committed in step ' .. g[2] .. ' and cannot be in step ' .. step .. ' too')
+local moved, epochs, step_of = 0, settled_epochs(), {}
+for i = 1, #ARGV, 2 do
+  local id, step = ARGV[i], ARGV[i + 1]
+  local g = redis.call('HMGET', group_key(id), 'state', 'step')
+  local other = g[1] == 'committed' and g[2] or step_of[id]
+  if other and other ~= step then
+    return refuse('group ' .. id .. ' is committed in step ' .. other .. ' and cannot be in step ' .. step .. ' too')
   end
+  step_of[id] = step
 end
-for i = 2, #ARGV do
-  local id = ARGV[i]
+for i = 1, #ARGV, 2 do
+  local id, step = ARGV[i], ARGV[i + 1]
   local state = state_of(id)
   if not state and is_settled(id, epochs) then
     -- committed before, and counted
