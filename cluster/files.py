@@ -2,9 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+BLOCK = 2**16
+"""Bytes that are read at once where a file is read from its end: some ten lines of metrics."""
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -40,6 +43,41 @@ def drop_torn_line(path: Path) -> None:
     """Removes a last line that was cut short, so that what is appended next stands on a line of its own."""
     if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
         os.truncate(path, text.rfind(b"\n") + 1)
+
+
+def cut_lines(path: Path, belongs: Callable[[dict[str, Any]], bool]) -> None:
+    """Removes from the end of a JSONL file of ours the rows that do not belong, and a torn last line.
+
+    Read from its end, to the first row that belongs: those before it do, too. Nothing is written where there is
+    nothing to be cut.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        for start, line in _lines_backwards(file, size):
+            if line.endswith(b"\n") and belongs(json.loads(line)):
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+            os.fsync(file.fileno())
+
+
+def _lines_backwards(file: IO[bytes], size: int) -> Iterator[tuple[int, bytes]]:
+    """(where it begins, line) of a file of so many bytes, the last one first; that one alone may lack its end."""
+    start, held = size, b""
+    while start > 0:
+        step = min(BLOCK, start)
+        start -= step
+        file.seek(start)
+        held = file.read(step) + held
+        lines = held.splitlines(keepends=True)
+        at = start + len(held)
+        held = lines.pop(0) if start else b""  # it may begin before this block
+        for line in reversed(lines):
+            at -= len(line)
+            yield at, line
 
 
 def write_atomically(path: Path, text: str) -> None:

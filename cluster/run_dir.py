@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from cluster.files import append_line, drop_torn_line, read_jsonl, write_atomically
+from cluster.files import append_line, cut_lines, drop_torn_line, read_jsonl, write_atomically
 from learner.commit import sync
 from services.errors import UserError
 from services.records import Group, Sample
@@ -137,9 +137,7 @@ class RunDir:
 
     def cut_back(self, steps: int) -> None:
         """Removes what belongs to step `steps` and later: they are not in the commit that the run goes on from."""
-        rows = [row for row in read_jsonl(self.metrics) if int(row["step"]) < steps]
-        if self.metrics.exists():
-            write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        cut_lines(self.metrics, lambda row: int(row["step"]) < steps)
         for entry in [*self.samples.glob("step_*.jsonl"), *self.maps.glob("step_*")]:
             if int(entry.name.removeprefix("step_").removesuffix(".jsonl")) >= steps:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -1,7 +1,8 @@
 """The last word of a run: an event, and summary.json, what the run came to, from its own files."""
 
 import json
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,23 +47,28 @@ def said_finished(run: RunDir, committed_steps: int) -> bool:
 def write_summary(
     run: RunDir, config: Config, stopped: str | None, committed_steps: int, seconds: float, ledger: Mapping[str, int]
 ) -> None:
-    rows = list(read_jsonl(run.metrics))
+    steps, first, last = 0, list[dict[str, Any]](), deque[dict[str, Any]](maxlen=WINDOW)
+    for row in read_jsonl(run.metrics):  # of a long run they are not held
+        steps += 1
+        last.append(row)
+        if steps <= WINDOW:
+            first.append(row)
     summary = {
         "name": config.run.name,
         "ended": "stopped" if stopped else "finished",
         "signal": stopped,
-        "steps": len(rows),
+        "steps": steps,
         "committed_steps": committed_steps,
         "seconds_this_start": seconds,
         "starts": sum(1 for event in read_jsonl(run.events) if event.get("event") == "start"),
         "ledger": dict(ledger),
-        "first": _mean(rows[:WINDOW]),
-        "last": _mean(rows[-WINDOW:]),
+        "first": _mean(first),
+        "last": _mean(last),
     }
     write_atomically(run.summary, json.dumps(summary, indent=2) + "\n")
 
 
-def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+def _mean(rows: Collection[dict[str, Any]]) -> dict[str, float]:
     keys = {key for row in rows for key, value in row.items() if isinstance(value, int | float) and key != "step"}
     result: dict[str, float] = {}
     for key in sorted(keys):

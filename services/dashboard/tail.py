@@ -1,7 +1,7 @@
 """New lines of a file that grows, and whether it was cut back or replaced since.
 
-A run that resumes cuts `metrics.jsonl` back by putting a shorter file in its place, which may have grown past the old
-length again when it is looked at: so the bytes before the place that was read up to are remembered and compared.
+A run that resumes cuts `metrics.jsonl` back, and it may have grown past the old length again when it is looked at: so
+the bytes before the place that was read up to are remembered and compared.
 """
 
 import os

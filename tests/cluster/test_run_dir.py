@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cluster.files import read_jsonl, write_atomically
+from cluster import files
+from cluster.files import BLOCK, read_jsonl, write_atomically
 from cluster.run_dir import RunDir
 from services.errors import UserError
 from services.records import Attention, Group, PolicyVersion, Prompt, Sample
@@ -281,6 +282,42 @@ def test_cutting_back_takes_a_torn_last_line_with_it(run: RunDir) -> None:
     assert [row["step"] for row in read_jsonl(run.metrics)] == [0, 1]
     run.write_metrics(2, {"a": 2})
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_cutting_back_touches_nothing_where_nothing_is_to_be_cut(run: RunDir) -> None:
+    filled(run, 3)
+    before = run.metrics.stat()
+    run.cut_back(3)
+    after = run.metrics.stat()
+    assert (after.st_ino, after.st_mtime_ns, after.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
+
+
+def test_cutting_back_reads_the_end_alone(run: RunDir) -> None:
+    """A run of weeks goes back to its last commit: what is long committed is not looked at."""
+    run.metrics.write_bytes(b"no line of ours\n" + b"x" * 3 * BLOCK + b"\n")
+    filled(run, 3)
+    before = run.metrics.read_bytes()
+    run.cut_back(1)
+    assert run.metrics.read_bytes() == before[: before.index(b'{"step": 1')]
+
+
+@pytest.mark.parametrize("torn", [0, 1, 50])
+def test_lines_are_cut_wherever_the_blocks_that_are_read_end(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, torn: int
+) -> None:
+    for block in range(1, 150, 7):
+        run.metrics.unlink(missing_ok=True)
+        for step in range(6):
+            run.write_metrics(step, {"note": "x" * (11 * step % 61)})
+        lines = run.metrics.read_bytes().splitlines(keepends=True)
+        os.truncate(run.metrics, run.metrics.stat().st_size - torn)
+        monkeypatch.setattr(files, "BLOCK", block)
+        run.cut_back(5)
+        assert run.metrics.read_bytes() == b"".join(lines[:5]), block
+        run.cut_back(2)
+        assert run.metrics.read_bytes() == b"".join(lines[:2]), block
+        run.cut_back(0)
+        assert run.metrics.read_bytes() == b"", block
 
 
 def test_cutting_back_an_empty_directory_makes_nothing(run: RunDir) -> None:
