@@ -24,7 +24,7 @@ from reward_server.interventions import add_route
 from reward_server.keys import KeyRing
 from reward_server.metrics import Metrics
 from reward_server.openapi import NATIVE, document
-from reward_server.problems import Path, Refusal, field_problem, invalid, refusal_of
+from reward_server.problems import MOST_FIELDS, Path, Refusal, field_problem, invalid, refusal_of
 from reward_server.runner import ModelRunner
 from reward_server.schema import RewardRequest, RewardResponse
 from reward_server.scorers.base import Scorer
@@ -134,9 +134,8 @@ def read_native(body: bytes, section: RewardSection) -> Asked:
     unknown = [i for i, name in enumerate(request.sources or ()) if name not in section.sources]
     if unknown:
         allowed = ", ".join(sorted(section.sources))
-        raise invalid(
-            [field_problem(("sources", i), f"unknown source; there are: {allowed}", "value_error") for i in unknown]
-        )
+        told = f"unknown source; there are: {allowed}"
+        raise invalid([field_problem(("sources", i), told, "value_error") for i in unknown[:MOST_FIELDS]])
     return Asked(request.items, request.sources, _native_place, _write_native)
 
 

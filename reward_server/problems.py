@@ -11,6 +11,9 @@ from reward_server.schema import ErrorResponse, FieldProblem, Problem
 
 MOST_FIELDS = 20
 """Fields that one refusal names."""
+MOST_ERRORS = 1000
+"""Errors of a body that are looked at, in order to name their fields. A wrong list has one; only unknown fields have
+more, one each: as Python objects, those of one body would take seconds and gigabytes."""
 
 Path = tuple[str | int, ...]
 
@@ -68,6 +71,8 @@ def too_large(path: Path, message: str) -> Refusal:
 
 def refusal_of(error: ValidationError, body: bytes) -> Refusal:
     """The refusal of a body that did not validate."""
+    if error.error_count() > MOST_ERRORS:
+        return invalid([field_problem((), f"{error.error_count()} fields are wrong", "value_error")])
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     if errors[0]["type"] == "json_invalid":
         return invalid([field_problem((), errors[0]["msg"], "json_invalid")])

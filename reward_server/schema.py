@@ -13,9 +13,13 @@ statistic they are taken for what they are, like `null` and the strings of `NotA
 
 import math
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, field_validator, model_validator
+
+T = TypeVar("T")
+Many = Annotated[tuple[T, ...], Field(fail_fast=True)]
+"""A list in a request. Only its first wrong entry is told: one for each of millions would take gigabytes."""
 
 FailureKind = Literal["infra", "data"]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
@@ -95,22 +99,22 @@ class Message(Body):
 class AttentionStatistics(Body):
     """T numbers each: M_t, C_t, E_t and X_t of the specification, and the sizes of the position sets."""
 
-    mass: tuple[Statistic, ...]
-    salient_mass: tuple[Statistic, ...]
-    neg_entropy_sum: tuple[Statistic, ...]
-    peak: tuple[Statistic, ...]
+    mass: Many[Statistic]
+    salient_mass: Many[Statistic]
+    neg_entropy_sum: Many[Statistic]
+    peak: Many[Statistic]
     salient_count: Annotated[int, Field(ge=0, lt=2**31)]
     content_count: Annotated[int, Field(ge=0, lt=2**31)]
-    flags: tuple[Annotated[str, Field(max_length=64)], ...] = Field((), max_length=32)
+    flags: Many[Annotated[str, Field(max_length=64)]] = Field((), max_length=32)
 
 
 class AttentionRows(Body):
     """Dense rows [T][P], and positions in 0 .. P-1; `salient_weights` is aligned to `salient`."""
 
-    rows: tuple[tuple[Statistic, ...], ...]
-    content: tuple[int, ...]
-    salient: tuple[int, ...] = ()
-    salient_weights: tuple[Statistic, ...] | None = None
+    rows: Many[Many[Statistic]]
+    content: Many[int]
+    salient: Many[int] = ()
+    salient_weights: Many[Statistic] | None = None
 
 
 STATISTICS_TAG = "<statistics>"
@@ -143,7 +147,7 @@ class AttentionOptionsBody(Body):
     per_token: bool | None = None
     normalised: bool | None = None
     repeat_count: Literal["types", "excess"] | None = None
-    ngrams: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=16)] | None = None
+    ngrams: Annotated[Many[Annotated[int, Field(ge=1, le=64)]], Field(min_length=1, max_length=16)] | None = None
     rate: bool | None = None
     entropy_floor: Annotated[FiniteFloat, Field(ge=0)] | None = None
 
@@ -164,14 +168,14 @@ class Item(Body):
 
     id: Annotated[str, Field(max_length=512)]
     prompt: str | None = None
-    messages: tuple[Message, ...] | None = None
+    messages: Many[Message] | None = None
     response: str | None = None
     text: str | None = None
-    response_ids: tuple[TokenId, ...] | None = None
-    eos_ids: tuple[TokenId, ...] = ()
+    response_ids: Many[TokenId] | None = None
+    eos_ids: Many[TokenId] = ()
     reference: str | None = None
-    facts: tuple[str, ...] | None = None
-    principles: tuple[str, ...] | None = None
+    facts: Many[str] | None = None
+    principles: Many[str] | None = None
     prompt_class: Annotated[str, Field(max_length=64)] | None = None
     attention: AttentionBody | None = None
     attention_options: AttentionOptionsBody | None = None
@@ -188,8 +192,8 @@ class Item(Body):
 class RewardRequest(Body):
     """`sources` absent or null: all that the server is configured with."""
 
-    items: tuple[Item, ...]
-    sources: tuple[str, ...] | None = Field(None, min_length=1)
+    items: Many[Item]
+    sources: Many[str] | None = Field(None, min_length=1)
 
 
 class ItemError(Answer):

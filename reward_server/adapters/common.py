@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from reward_server.config import AdaptersSection
-from reward_server.schema import Item
+from reward_server.schema import Item, Many
 
 
 class Foreign(BaseModel):
@@ -31,7 +31,7 @@ def one_or_many(value: Any) -> str:
     return ONE_TAG if isinstance(value, str) else MANY_TAG
 
 
-Texts = Annotated[Annotated[str, Tag(ONE_TAG)] | Annotated[tuple[str, ...], Tag(MANY_TAG)], Discriminator(one_or_many)]
+Texts = Annotated[Annotated[str, Tag(ONE_TAG)] | Annotated[Many[str], Tag(MANY_TAG)], Discriminator(one_or_many)]
 
 
 def _label(value: Any) -> Any:

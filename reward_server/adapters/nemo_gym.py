@@ -14,7 +14,7 @@ from reward_server.adapters.common import MANY_TAG, ONE_TAG, Told, one_or_many, 
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
 from reward_server.problems import Path, field_problem, invalid
-from reward_server.schema import Item, Message
+from reward_server.schema import Item, Many, Message
 
 
 class Open(BaseModel):
@@ -34,7 +34,7 @@ class Entry(Open):
     type: str = "message"
     role: str | None = None
     content: (
-        Annotated[Annotated[str, Tag(ONE_TAG)] | Annotated[tuple[Part, ...], Tag(MANY_TAG)], Discriminator(one_or_many)]
+        Annotated[Annotated[str, Tag(ONE_TAG)] | Annotated[Many[Part], Tag(MANY_TAG)], Discriminator(one_or_many)]
         | None
     ) = None
 
@@ -48,14 +48,12 @@ class Entry(Open):
 
 
 class Parameters(Open):
-    input: Annotated[
-        Annotated[str, Tag(ONE_TAG)] | Annotated[tuple[Entry, ...], Tag(MANY_TAG)], Discriminator(one_or_many)
-    ]
+    input: Annotated[Annotated[str, Tag(ONE_TAG)] | Annotated[Many[Entry], Tag(MANY_TAG)], Discriminator(one_or_many)]
     instructions: str | None = None
 
 
 class Output(Open):
-    output: tuple[Entry, ...]
+    output: Many[Entry]
 
 
 class Request(Open):

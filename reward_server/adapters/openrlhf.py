@@ -10,13 +10,13 @@ from reward_server.adapters.common import Foreign, Label, Told, pair_item, witho
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
 from reward_server.problems import field_problem, invalid
-from reward_server.schema import Item
+from reward_server.schema import Item, Many
 
 
 class Request(Foreign):
-    query: tuple[str, ...]
-    prompts: tuple[str, ...]
-    labels: tuple[Label, ...] | None = None
+    query: Many[str]
+    prompts: Many[str]
+    labels: Many[Label] | None = None
 
 
 class Answer(Told):

@@ -21,7 +21,7 @@ from reward_server.adapters.common import (
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
 from reward_server.problems import Path
-from reward_server.schema import Item
+from reward_server.schema import Item, Many
 
 
 class Request(Foreign):
@@ -31,7 +31,7 @@ class Request(Foreign):
 
     query: str
     documents: Texts | None = None
-    texts: tuple[str, ...] | None = None
+    texts: Many[str] | None = None
     model: str | None = None
     top_n: int = Field(0, ge=0)
     use_activation: bool | None = None

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Tag
 from reward_server.adapters.common import MANY_TAG, ONE_TAG, Foreign, Label, one_or_many, pair_item, without_end
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
-from reward_server.schema import Item, Message
+from reward_server.schema import Item, Many, Message
 
 
 class Turn(Foreign):
@@ -20,9 +20,7 @@ class Turn(Foreign):
 
 
 class Request(Foreign):
-    prompt: Annotated[
-        Annotated[str, Tag(ONE_TAG)] | Annotated[tuple[Turn, ...], Tag(MANY_TAG)], Discriminator(one_or_many)
-    ]
+    prompt: Annotated[Annotated[str, Tag(ONE_TAG)] | Annotated[Many[Turn], Tag(MANY_TAG)], Discriminator(one_or_many)]
     response: str
     label: Label = None
 

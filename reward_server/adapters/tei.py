@@ -22,10 +22,10 @@ from reward_server.adapters.common import (
 from reward_server.answering import Format, Rewards
 from reward_server.config import AdaptersSection
 from reward_server.problems import Path
-from reward_server.schema import Item
+from reward_server.schema import Item, Many
 
 PAIR_TAG = "<pair>"
-Entry = Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+Entry = Annotated[Many[str], Field(min_length=1, max_length=2)]
 
 
 def _form(value: Any) -> str:
@@ -37,7 +37,7 @@ class Request(Foreign):
     inputs: Annotated[
         Annotated[str, Tag(ONE_TAG)]
         | Annotated[tuple[str, str], Tag(PAIR_TAG)]
-        | Annotated[tuple[Entry, ...], Tag(MANY_TAG)],
+        | Annotated[Many[Entry], Tag(MANY_TAG)],
         Discriminator(_form),
     ]
     raw_scores: bool = False

@@ -95,6 +95,53 @@ def test_a_wrong_request_is_named(client: Any, request_: Any, path: str) -> None
     assert (answer.status_code, answer.json()["detail"][0]["path"]) == (422, path)
 
 
+ZEROS = [0] * 1000
+STATISTICS = {"mass": [], "salient_mass": [], "neg_entropy_sum": [], "peak": [], "salient_count": 1, "content_count": 1}
+NUMBERS = {"response_ids": ["x"] * 1000, "eos_ids": ["x"] * 1000, "attention": {"rows": [], "content": ["x"] * 1000}}
+OPENAI = {"responses_create_params": {"input": "x"}, "response": {"output": []}}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "named"),
+    [
+        ("/v1/rewards", {"items": ZEROS, "sources": ["attention", *ZEROS]}, ["items[0]", "sources[1]"]),
+        ("/v1/rewards", {"items": [], "sources": ["x"] * 1000}, [f"sources[{i}]" for i in range(20)]),
+        ("/v1/rewards", {"items": [{"id": "a", "messages": ZEROS, "facts": ZEROS, "principles": ZEROS}]},
+         ["items[0].messages[0]", "items[0].facts[0]", "items[0].principles[0]"]),
+        ("/v1/rewards", {"items": [{"id": "a", **NUMBERS}]},
+         ["items[0].response_ids[0]", "items[0].eos_ids[0]", "items[0].attention.content[0]"]),
+        ("/v1/rewards", {"items": [{"id": "a", "attention": {"rows": [[0.5], ["x"] * 1000], "content": []}}]},
+         ["items[0].attention.rows[1][0]"]),
+        ("/v1/rewards", {"items": [{"id": "a", "attention": {**STATISTICS, "peak": [0.5, *["x"] * 1000]}}]},
+         ["items[0].attention.peak[1]"]),
+        ("/openrlhf", {"query": ZEROS, "prompts": ZEROS}, ["query[0]", "prompts[0]"]),
+        ("/slime", {"prompt": ZEROS, "response": "x"}, ["prompt[0]"]),
+        ("/classify", {"input": ZEROS}, ["input[0]"]),
+        ("/score", {"queries": "x", "documents": ZEROS}, ["documents[0]"]),
+        ("/rerank", {"query": "x", "texts": ZEROS}, ["texts[0]"]),
+        ("/predict", {"inputs": [["x"], *ZEROS]}, ["inputs[1]"]),
+        ("/verify", {**OPENAI, "response": {"output": ZEROS}}, ["response.output[0]"]),
+        ("/verify", {**OPENAI, "responses_create_params": {"input": [{"content": ZEROS}]}},
+         ["responses_create_params.input[0].content[0]"]),
+    ],
+)  # fmt: skip
+def test_only_the_first_wrong_entry_of_a_list_is_told(client: Any, route: str, body: Any, named: list[str]) -> None:
+    answer = client.post(route, json=body)
+    assert answer.status_code == 422
+    assert [problem["path"] for problem in answer.json()["detail"]] == named
+
+
+def test_so_many_unknown_fields_are_counted_and_not_named(client: Any, item: dict[str, Any]) -> None:
+    few = client.post("/v1/rewards", json={"items": [], **{f"f{i}": 0 for i in range(30)}}).json()["detail"]
+    assert [problem["path"] for problem in few] == [f"f{i}" for i in range(20)]
+    many = {f"f{i}": 0 for i in range(20_000)}
+    for body in ({"items": [], **many}, {"items": [{**item, **many}]}):
+        answer = client.post("/v1/rewards", json=body)
+        assert answer.status_code == 422
+        (told,) = answer.json()["detail"]
+        assert (told["path"], told["msg"]) == ("body", "20000 fields are wrong")
+
+
 @pytest.mark.parametrize(
     "body",
     [
