@@ -53,11 +53,15 @@ class Usage(Told):
 
 def without_end(text: str, reading: AdaptersSection) -> str:
     """A response without the texts of end-of-sequence tokens, and white space between them, at its end."""
-    stripped = text.rstrip()
-    while ended := next((end for end in reading.end_texts if stripped.endswith(end)), None):
-        text = stripped[: -len(ended)]
-        stripped = text.rstrip()
-    return text
+    end = at = len(text)
+    while True:
+        # An index moves, and the text is cut once: it may be millions of end texts long.
+        while at and text[at - 1].isspace():
+            at -= 1
+        ended = next((one for one in reading.end_texts if text.endswith(one, 0, at)), None)
+        if ended is None:
+            return text[:end]
+        end = at = at - len(ended)
 
 
 def text_item(index: int, text: str, reading: AdaptersSection) -> Item:

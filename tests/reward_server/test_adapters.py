@@ -7,13 +7,17 @@ import asyncio
 import base64
 import math
 import struct
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from reward_server.config import RewardSection
+from reward_server.adapters.common import without_end
+from reward_server.config import AdaptersSection, RewardSection
 from reward_server.schema import Component, ErrorCode, Item, failed_component
 from reward_server.scorers.base import Scored
 from reward_server.serve import RewardServer
@@ -307,6 +311,30 @@ def test_a_wrong_entry_of_a_list_is_named(address: str) -> None:
     wrong = nemo_gym("a")
     wrong["response"]["output"][2]["content"][0]["text"] = 7
     assert set(refused(address, "verify", wrong)) == {"response.output[2].content[0].text"}
+
+
+# texts of end-of-sequence tokens
+
+
+def without_end_simply(text: str, ends: Sequence[str]) -> str:
+    while ended := next((end for end in ends if text.rstrip().endswith(end)), None):
+        text = text.rstrip()[: -len(ended)]
+    return text
+
+
+PIECES = st.sampled_from(["</s>", "<eos>", " ", "\n", "\u3000", "s>", "a", "</s", "<eos> "])
+
+
+@given(pieces=st.lists(PIECES, max_size=12), ends=st.lists(PIECES, max_size=4))
+def test_end_texts_are_taken_off_with_the_white_space_between_them(pieces: list[str], ends: list[str]) -> None:
+    text = "".join(pieces)
+    assert without_end(text, AdaptersSection(end_texts=tuple(ends))) == without_end_simply(text, ends)
+
+
+def test_end_texts_by_the_hundred_thousand_are_taken_off_at_once() -> None:
+    began = time.process_time()
+    assert without_end("It is." + "</s> " * 200_000, AdaptersSection()) == "It is."
+    assert time.process_time() - began < 5  # a copy for each would take minutes
 
 
 # NeMo Gym: the rollout in OpenAI's form of responses; the answer has what was sent, and the reward
