@@ -86,13 +86,15 @@ class Repeats:
 
     def _forget(self, now: float) -> None:
         """Drops what is older than the window, and the oldest where there is too much."""
-        kept = [place for place, entry in self._entries.items() if entry.kept_at is not None]
-        for place in kept:
-            entry = self._entries[place]
-            assert entry.kept_at is not None
+        gone: list[tuple[str, str, str]] = []
+        for place, entry in self._entries.items():  # those that are kept are in the order of their age
+            if entry.kept_at is None:
+                continue
             if now - entry.kept_at < self._window_s and self._bytes <= self._most_bytes:
-                return
+                break
             self._bytes -= len(entry.task.result().body)
+            gone.append(place)
+        for place in gone:
             del self._entries[place]
 
 

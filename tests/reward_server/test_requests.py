@@ -10,6 +10,8 @@ import pytest
 
 from reward_server.app import create_app
 from reward_server.config import RewardSection
+from reward_server.idempotency import Answered, Repeats
+from reward_server.metrics import Metrics
 from reward_server.schema import Component, ErrorCode, Item, failed_component
 from reward_server.scorers.base import Scored
 from reward_server.serve import RewardServer
@@ -225,6 +227,41 @@ def test_answers_are_kept_for_a_while_and_within_bounds() -> None:
                 await asking(client, Idempotency_Key=key)
             assert reward(await asking(client, Idempotency_Key="f")) == 6.0
             assert reward(await asking(client, Idempotency_Key="a")) == 7.0
+
+    asyncio.run(go())
+
+
+def test_what_is_being_computed_holds_up_no_forgetting() -> None:
+    async def go() -> None:
+        source = Counting()
+        async with client_of(source, idempotency_window_s=0.2) as client:
+            source.seconds = 1.0
+            first = asyncio.create_task(asking(client, Idempotency_Key="slow"))
+            await asyncio.sleep(0.1)
+            source.seconds = 0.0
+            assert reward(await asking(client, Idempotency_Key="k")) == 2.0
+            await asyncio.sleep(0.3)
+            assert not first.done()
+            assert reward(await asking(client, Idempotency_Key="k")) == 3.0
+            assert reward(await first) == 1.0
+            assert reward(await asking(client, Idempotency_Key="slow")) == 1.0
+
+    asyncio.run(go())
+
+
+def test_a_request_costs_the_same_however_many_answers_are_kept() -> None:
+    async def compute() -> Answered:
+        return Answered(b"x", keep=True)
+
+    async def go() -> None:
+        repeats = Repeats(3600, 10**9, Metrics())
+        seconds: list[float] = []
+        for start in range(0, 8000, 500):
+            began = time.process_time()
+            for i in range(start, start + 500):
+                await repeats.answer("who", "/route", str(i), b"", compute)
+            seconds.append(time.process_time() - began)
+        assert min(seconds[-4:]) < 5 * min(seconds[:4])
 
     asyncio.run(go())
 
