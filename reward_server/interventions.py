@@ -6,8 +6,10 @@ revision of its content is in the revision of every answer, so a score says whic
 """
 
 import asyncio
+import errno
 import hashlib
 import json
+import logging
 import os
 import threading
 import time
@@ -22,6 +24,8 @@ from starlette.requests import Request
 from reward_server.keys import Allowance
 from reward_server.problems import Refusal, refusal_of
 from services.errors import UserError
+
+log = logging.getLogger(__name__)
 
 MOST = 100
 MOST_BYTES = 16 * 2**10
@@ -66,59 +70,96 @@ class Interventions:
 
 
 class InterventionFile:
-    """The file of one server. Several servers may share it: what another has added is read with the next request."""
+    """The file of one server. Several servers may share it: what another has added is read with the next request.
+
+    What the file says when the server starts must be interventions. Later, what is none changes nothing: half an edit
+    must not fail the requests of a run.
+    """
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError where the file is there and is not one of interventions."""
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._seen: tuple[int, int] | None = None
-        self._now = Interventions()
-        self.read()
+        self._seen = _stamp(self.path)
+        self._wrong: UserError | None = None
+        self._now = Interventions(_texts(self.path))
 
     def read(self) -> Interventions:
         """What stands in the file now. A line without its end is still being written and does not count yet."""
         with self._lock:
-            try:
-                status = self.path.stat()
-            except FileNotFoundError:
-                self._seen, self._now = None, Interventions()
-                return self._now
-            seen = (status.st_size, status.st_mtime_ns)
+            seen = _stamp(self.path)
             if seen != self._seen:
-                self._now = Interventions(_texts(self.path))
-                self._seen = seen
+                self._seen, self._wrong = seen, None
+                try:
+                    self._now = Interventions(_texts(self.path))
+                except UserError as error:
+                    self._wrong = error
+                    log.error("the interventions stay as they were: %s", error)
             return self._now
 
     def add(self, text: str) -> tuple[Interventions, bool]:
-        """Appends one, flushed to the disk, unless it is there; and whether it was new. Raises ValueError above 100."""
+        """Appends one, flushed to the disk, unless it is there; and whether it was new.
+
+        Raises ValueError above 100, UserError where the file cannot be read or written.
+        """
         now = self.read()
+        if self._wrong is not None:
+            raise self._wrong
         if text in now.texts:
             return now, False
         if len(now.texts) >= MOST:
             raise ValueError(f"there are {MOST} interventions already")
         line = Line(text=text, added_at=time.time()).model_dump_json() + "\n"
         with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # One write of one line to a file that is only appended to: lines of several servers do not mix.
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                os.write(descriptor, line.encode())
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _append(self.path, line.encode())
+            except OSError as error:
+                raise UserError(f"reward.interventions: cannot write {self.path}: {error.strerror}") from error
         return self.read(), True
 
 
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes with the file's content; None where there is none to see."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def _texts(path: Path) -> tuple[str, ...]:
+    """What a file says; nothing where there is none. Raises UserError."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise UserError(f"reward.interventions: cannot read {path}: {error.strerror}") from error
     found: dict[str, None] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             found[Line.model_validate_json(line).text] = None
         except ValidationError as error:
             said = error.errors(include_url=False, include_input=False)[0]["msg"]
             raise UserError(f"reward.interventions: {path}, line {number}: {said}") from None
     return tuple(found)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Adds a line in one write, so that lines of several servers do not mix. Raises OSError, and leaves nothing of it,
+    where it cannot be written to its end: a torn line would take the next one with it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        written = os.write(descriptor, line)
+        end = os.lseek(descriptor, 0, os.SEEK_CUR)
+        if written < len(line):
+            if os.fstat(descriptor).st_size == end:  # no other server has written behind it
+                os.ftruncate(descriptor, end - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def add_route(app: FastAPI, file: InterventionFile | None, *, authenticated: bool) -> None:
@@ -153,4 +194,6 @@ def add_route(app: FastAPI, file: InterventionFile | None, *, authenticated: boo
             now, added = await asyncio.to_thread(file.add, given.text)
         except ValueError as error:
             raise Refusal(409, "too_many", str(error)) from None
+        except UserError as error:
+            raise Refusal(500, "not_added", str(error)) from None
         return InterventionsAnswer(count=len(now.texts), added=added, revision=now.revision)

@@ -1,6 +1,8 @@
 """Principles that are added while the server runs: the route, the file, and the revision of every answer."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,68 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "i.jsonl").write_text(json.dumps({"text": "x", "added_at": 1.0}) + "\nnonsense\n")
     with pytest.raises(UserError, match="line 2"):
         InterventionFile(tmp_path / "i.jsonl")
+
+
+def test_what_is_no_intervention_later_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "i.jsonl"
+    values = {"sources": {"s": {"kind": "exact_match"}}, "interventions": str(path)}
+    client = TestClient(
+        create_app(RewardSection.model_validate(values), token="t"), headers={"Authorization": "Bearer t"}
+    )
+    file = InterventionFile(path)
+    first, _ = file.add(TEXT)
+    good = path.read_bytes()
+    path.write_bytes(good + b"half an edit\n")
+    assert [file.read() for _ in range(3)] == [first] * 3
+    assert len([record for record in caplog.records if "line 2" in record.message]) == 1
+    refusal = add(client, "another")
+    assert (refusal.status_code, refusal.json()["error"]["code"]) == (500, "not_added")
+    assert "line 2" in refusal.json()["error"]["message"]
+    assert path.read_bytes() == good + b"half an edit\n"
+    path.write_bytes(good)
+    assert add(client, "another").json()["count"] == 2
+    assert file.read().texts == (TEXT, "another")
+
+
+def test_a_bad_line_fails_no_request(serving: Any, scoring_models: Any, tmp_path: Path) -> None:
+    path = tmp_path / "i.jsonl"
+    values = section(path, scoring_models["sequence"])
+    values["sources"]["rule"] = {"kind": "length", "unit": "words", "target": 4, "bonus": 2.0}
+    client = serving(**values)
+    assert add(client, TEXT).status_code == 200
+    item = {"id": "a", "prompt": "Where is Rome?", "response": "In Italy."}
+    before = client.post("/v1/rewards", json={"items": [item]}).json()
+    with path.open("ab") as file:
+        file.write(b"nonsense\n")
+    after = client.post("/v1/rewards", json={"items": [item]}).json()
+    assert after["results"] == before["results"]
+    assert after["server"]["recipe_revision"] == before["server"]["recipe_revision"]
+    assert client.post("/v1/rewards", json={"items": [item], "sources": ["rule"]}).status_code == 200
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "i.jsonl"
+    file = InterventionFile(path)
+    first, _ = file.add(TEXT)
+    before = path.read_bytes()
+    code = """
+import resource, signal, sys
+from reward_server.interventions import InterventionFile
+from services.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    InterventionFile(sys.argv[1]).add("does not fit " * 20)
+except UserError as error:
+    print(error)
+"""
+    # A limit on the file's size cuts a write short, as a full disk does.
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(len(before) + 20)], capture_output=True, text=True, check=True
+    )
+    assert f"cannot write {path}: No space left" in told.stdout
+    assert path.read_bytes() == before
+    assert file.read() == first
 
 
 @pytest.mark.parametrize("name", NAMES)
