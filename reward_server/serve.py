@@ -18,9 +18,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from reward_server.app import create_app
 from reward_server.config import RewardSection
+from reward_server.connections import with_header_deadline
 from reward_server.logs import configure
 from reward_server.metrics import Metrics
 from reward_server.model_process import model_processes
@@ -133,6 +135,7 @@ class RewardServer:
             raise
         config = uvicorn.Config(
             app,
+            http=with_header_deadline(AutoHTTPProtocol, self.section.body_timeout_s),
             log_config=None,
             log_level="warning",
             access_log=False,

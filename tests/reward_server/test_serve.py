@@ -1,6 +1,7 @@
 """The launchers over a real socket, and the client against servers that answer 500, garbage, or never."""
 
 import asyncio
+import contextlib
 import http.server
 import json
 import os
@@ -10,15 +11,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
 import pytest
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from reward_server.client import RewardClient, RewardRefused, RewardUnavailable
 from reward_server.config import RewardSection
-from reward_server.schema import Item
+from reward_server.schema import Component, Item
+from reward_server.scorers.base import Scored
 from reward_server.serve import RewardServer, bind
 from services.errors import UserError
 
@@ -111,6 +115,68 @@ def test_a_body_that_never_arrives_is_408_and_its_place_is_free_again() -> None:
         await server.stop()
 
     asyncio.run(go())
+
+
+HALF = b"GET /livez HTTP/1.1\r\nHost: x"
+LIVEZ = HALF + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("protocol", [H11Protocol, HttpToolsProtocol])
+@pytest.mark.parametrize(
+    ("sent", "then", "answered"), [(b"", b"", 0), (HALF, b"x", 0), (LIVEZ + HALF, b"x", 1), (LIVEZ * 2 + HALF, b"x", 2)]
+)
+def test_a_header_that_never_ends_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, protocol: Any, sent: bytes, then: bytes, answered: int
+) -> None:
+    monkeypatch.setattr("reward_server.serve.AutoHTTPProtocol", protocol)
+
+    async def go() -> None:
+        server = RewardServer(RewardSection(body_timeout_s=0.5), token="t")
+        reader, writer = await asyncio.open_connection("127.0.0.1", int((await server.start()).rsplit(":", 1)[1]))
+        writer.write(sent)
+        came: list[bytes] = []
+
+        async def read() -> None:
+            with contextlib.suppress(ConnectionError):
+                while part := await reader.read(1000):
+                    came.append(part)
+
+        reading = asyncio.create_task(read())
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            writer.write(then)  # a byte now and then changes nothing
+        assert reading.done()
+        assert b"".join(came).count(b"HTTP/1.1 200") == answered
+        writer.close()
+        await server.stop()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("protocol", [H11Protocol, HttpToolsProtocol])
+def test_a_request_may_take_longer_than_its_header(monkeypatch: pytest.MonkeyPatch, protocol: Any) -> None:
+    monkeypatch.setattr("reward_server.serve.AutoHTTPProtocol", protocol)
+
+    async def go() -> None:
+        server = RewardServer(RewardSection(body_timeout_s=0.3), token="t", scorers={"attention": Slow()})
+        async with RewardClient(await server.start(), "t", retries=0) as client:
+            for _ in range(2):  # the second on the connection of the first, which was idle meanwhile
+                (result,) = (await client.score([Item(id="a")])).results
+                assert result.reward == 1.0
+                await asyncio.sleep(0.5)
+        await server.stop()
+
+    asyncio.run(go())
+
+
+class Slow:
+    """A source that takes a second."""
+
+    revision = "1"
+
+    async def score(self, items: Sequence[Item]) -> Sequence[Scored]:
+        await asyncio.sleep(1)
+        return [Scored(Component(status="ok", value=1.0))] * len(items)
 
 
 def test_an_address_that_is_not_ours_is_named() -> None:
