@@ -17,12 +17,12 @@ def with_header_deadline(protocol: type[asyncio.Protocol], header_s: float) -> t
         _header_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
+            base.connection_made(self, transport)
             self._await_header()
 
         def data_received(self, data: bytes) -> None:
             before = self.cycle  # of a request and its answer, made once the request's header is complete
-            super().data_received(data)
+            base.data_received(self, data)
             if self.cycle is not before:
                 self._stop_waiting()
             elif before is None or before.response_complete:
@@ -30,7 +30,7 @@ def with_header_deadline(protocol: type[asyncio.Protocol], header_s: float) -> t
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
-            super().connection_lost(exc)
+            base.connection_lost(self, exc)
 
         def _await_header(self) -> None:
             if self._header_timer is None:
