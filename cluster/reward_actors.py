@@ -101,11 +101,15 @@ class ScoringActor:
     ) -> None:
         """`labels`: of what it exports of itself by Ray."""
         self._labels = labels
-        client = RewardClient(url, token, section.worker.timeout_s)
-        self._clients = [client]
         self._timeout_s = section.worker.timeout_s
+        self._client = self._client_of(url, token)
         ledger = open_ledger(stream_url, run_id, stream)
-        self._worker = ScoringWorker(ledger, client, section.worker, min_ok, consumer=name)
+        self._worker = ScoringWorker(ledger, self._client, section.worker, min_ok, consumer=name)
+
+    def _client_of(self, url: str, token: str | None) -> RewardClient:
+        return RewardClient(
+            url, token, self._timeout_s, retries=0
+        )  # the worker tries again, and may be pointed elsewhere
 
     async def run(self) -> None:
         """Works until `stop`, and closes its connections."""
@@ -119,16 +123,15 @@ class ScoringActor:
         finally:
             if watching is not None:
                 watching.cancel()
-            for client in self._clients:
-                await client.close()
+            await self._client.close()
 
     async def stop(self) -> None:
         self._worker.stop()
 
     async def point_to(self, url: str, token: str) -> None:
         """The reward server was started again, elsewhere: from the next try on, it is asked there."""
-        self._clients.append(RewardClient(url, token, self._timeout_s))  # a try may still be under way with the old one
-        self._worker.use(self._clients[-1])
+        self._client = self._client_of(url, token)
+        await self._worker.use(self._client)
 
     async def pulse(self) -> tuple[int, bool]:
         """Groups read and answered, and whether it has some at hand; an outage has a deadline of its own."""

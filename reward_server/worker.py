@@ -23,6 +23,7 @@ from reward_server.schema import (
     ItemError,
     Message,
     Result,
+    RewardResponse,
     ServerInfo,
     item_error,
 )
@@ -58,9 +59,11 @@ class ScoringWorker:
     def __init__(
         self, ledger: ScoringLedger, client: RewardClient, section: WorkerSection, min_ok: int, *, consumer: str
     ) -> None:
-        """`min_ok`: the fewest scored samples a group needs (2; 1 where the advantage needs no group)."""
+        """`client`: one that tries once, as the worker tries again by itself, and counts the time. `min_ok`: the fewest
+        scored samples a group needs (2; 1 where the advantage needs no group)."""
         self._ledger = ledger
         self._client = client
+        self._asking: RewardClient | None = None
         self._section = section
         self._min_ok = min_ok
         self._consumer = consumer
@@ -82,10 +85,13 @@ class ScoringWorker:
         """Ends `run` soon, also out of a pause between tries; unscored groups stay in the stream."""
         self._stop.set()
 
-    def use(self, client: RewardClient) -> None:
-        """Asks another server from the next try on: the old one is gone, and so is what failed there."""
-        self._client = client
+    async def use(self, client: RewardClient) -> None:
+        """Asks another server from the next try on: the old one is gone, and so is what failed there. The old client is
+        closed once no try is under way with it."""
+        old, self._client = self._client, client
         self._failing_since = None
+        if old is not self._asking:
+            await old.close()
 
     def progress(self) -> tuple[int, bool]:
         """How often it got through what it had read, and whether it has groups at hand."""
@@ -163,12 +169,13 @@ class ScoringWorker:
         held = False
         while left:
             batch = [items[i] for i in left]
+            began, client = time.monotonic(), self._client
             try:
-                answer = await self._client.score(batch)
+                answer = await self._ask(client, batch)
             except RewardUnavailable as failure:
-                self._note_failure(str(failure))
+                self._note_failure(client, str(failure), began)
                 pauses += 1
-                await self._pause(pauses)
+                await self._pause(pauses, failure.retry_after_s)
                 continue
             except RewardRefused as refusal:
                 if refusal.status != 413:
@@ -190,7 +197,7 @@ class ScoringWorker:
                 self._failing_since = None
             else:
                 error = found[infra[0]][0].error
-                self._note_failure(f"{self._client.url}: {error.message if error else 'failed'}")
+                self._note_failure(client, f"{client.url}: {error.message if error else 'failed'}", began)
             if not down:
                 if tries >= self._section.retries:
                     break
@@ -208,11 +215,24 @@ class ScoringWorker:
         middle = len(items) // 2
         return [*await self._score_batch(items[:middle]), *await self._score_batch(items[middle:])]
 
-    def _note_failure(self, why: str) -> None:
-        now = time.monotonic()
+    async def _ask(self, client: RewardClient, items: Sequence[Item]) -> RewardResponse:
+        """One try; a client that was replaced meanwhile is closed."""
+        self._asking = client
+        try:
+            return await client.score(items)
+        finally:
+            self._asking = None
+            if client is not self._client:
+                await client.close()
+
+    def _note_failure(self, client: RewardClient, why: str, began: float) -> None:
+        """Notes a try that scored nothing: from the beginning of the first one, the server fails. One that was replaced
+        meanwhile says nothing of the new one."""
+        if client is not self._client:
+            return
         if self._failing_since is None:
-            self._failing_since = now
-        failing_s = now - self._failing_since
+            self._failing_since = began
+        failing_s = time.monotonic() - self._failing_since
         log.warning("scoring failed, for %.0f s now: %s", failing_s, why)
         if failing_s >= self._section.outage_s:
             raise ScoringOutage(
@@ -220,10 +240,10 @@ class ScoringWorker:
                 f"(reward.worker.outage_s is {self._section.outage_s:g}); last: {why}"
             )
 
-    async def _pause(self, tries: int) -> None:
-        """Waits between tries; leaves the worker's step where it is told to stop."""
+    async def _pause(self, tries: int, asked_s: float | None = None) -> None:
+        """Waits between tries, or as long as it is asked to; leaves the worker's step where it is told to stop."""
         try:
-            async with asyncio.timeout(pause_s(tries, self._section.backoff_s)):
+            async with asyncio.timeout(pause_s(tries, self._section.backoff_s, asked_s)):
                 await self._stop.wait()
         except TimeoutError:
             return

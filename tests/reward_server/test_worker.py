@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from reward_server.client import RewardClient
+from reward_server.client import RewardClient, RewardUnavailable
 from reward_server.config import RewardSection, WorkerSection
 from reward_server.replicas import NoReplica, ReplicaLost
-from reward_server.schema import Component, ErrorCode, Item, failed_component
+from reward_server.schema import Component, ErrorCode, Item, Result, RewardResponse, ServerInfo, failed_component
 from reward_server.scorers.base import Scored
 from reward_server.serve import RewardServer
 from reward_server.worker import ScoringOutage, ScoringRefused, ScoringWorker, group_items
@@ -287,6 +287,50 @@ def test_a_server_that_comes_back_is_found() -> None:
         assert len(ledger.scored) == 1
 
     asyncio.run(go())
+
+
+def test_a_client_that_is_replaced_is_closed_when_no_try_uses_it() -> None:
+    async def go() -> None:
+        let = asyncio.Event()
+        first, second, third = Scripted(let), Scripted(let), Scripted(let)
+        worker = ScoringWorker(MemoryLedger(group(sample(0), sample(1))), first, FAST, 2, consumer="w0")
+        step = asyncio.create_task(worker.step())
+        while not first.asked:
+            await asyncio.sleep(0.01)
+        await worker.use(second)
+        await worker.use(third)
+        assert [client.closed for client in (first, second, third)] == [False, True, False]
+        let.set()
+        assert await step == 1
+        assert [client.closed for client in (first, second, third)] == [True, True, False]
+        assert [client.asked for client in (first, second, third)] == [1, 0, 1]
+
+    asyncio.run(go())
+
+
+class Scripted(RewardClient):
+    """Fails once it is let; says afterwards that all is scored with 1."""
+
+    def __init__(self, let: asyncio.Event) -> None:
+        super().__init__("http://127.0.0.1:9")
+        self._let = let
+        self.asked = 0
+        self.closed = False
+
+    async def score(self, items: Any, *_: Any, **__: Any) -> RewardResponse:
+        assert not self.closed
+        self.asked += 1
+        if not self._let.is_set():
+            await self._let.wait()
+            raise RewardUnavailable("it is gone")
+        results = tuple(Result(id=item.id, status="ok", reward=1.0, components={}, error=None) for item in items)
+        return RewardResponse(
+            results=results, server=ServerInfo(version="1", recipe_revision="1", sources={}, latency_ms=1.0)
+        )
+
+    async def close(self) -> None:
+        self.closed = True
+        await super().close()
 
 
 def test_a_wrong_token_is_no_outage_but_a_refusal() -> None:
