@@ -15,6 +15,7 @@ from learner.commit import (
     NoSpace,
     begin_checkpoint,
     check_space,
+    check_written,
     commit_checkpoint,
     give_up_checkpoint,
     is_full_disk,
@@ -32,6 +33,7 @@ def commit(run: RunDir, section: CheckpointSection, history: History, learners: 
 
     Raises:
         NoSpace: the disk is full, and by how much. The commit before is the truth, as with the next ones.
+        UserError: what the ranks wrote is not what the driver sees: the run directory is not shared.
         PartFailed, OSError: what the learner, or the disk, said while the checkpoint was written.
         LedgerBehind: the commit is valid, and the ledger cannot be told of it.
     """
@@ -53,7 +55,10 @@ def _write(run: RunDir, section: CheckpointSection, history: History, learners: 
     check_space(run.path, needed)
     partial = begin_checkpoint(run.path, steps)
     try:
-        learners.call("save_checkpoint", str(partial), what=f"checkpoint step_{steps}", seconds=section.timeout_s)
+        parts = learners.answers(
+            "save_checkpoint", str(partial), what=f"checkpoint step_{steps}", seconds=section.timeout_s
+        )
+        check_written(partial, zip((rank.name for rank in learners.ranks), parts, strict=True))
         batches.note_failures()
         commit_checkpoint(partial, history.manifest())
     except (PartFailed, OSError) as error:

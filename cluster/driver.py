@@ -48,6 +48,7 @@ def train(config: Config, run_path: Path, *, resume: str, console: Console) -> O
         UserError, PlanError: what the user can mend.
         Deadline, PartFailed: a part that did not answer, or died; the last commit is valid.
     """
+    run_path = run_path.absolute()  # the ranks work in other directories than this process
     run = RunDir(run_path)
     if is_job(os.environ):
         check_run_dir(run_path)
@@ -185,7 +186,7 @@ def stream_of(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], N
 @contextmanager
 def shared_weights(config: Config, run_id: str) -> Iterator[Path]:
     """The directory that weights are published in, of this driver alone; gone at its end, whatever ends it."""
-    root = Path(config.cluster.weights_dir or "/dev/shm")  # noqa: S108
+    root = Path(config.cluster.weights_dir or "/dev/shm").absolute()  # noqa: S108
     for left_over in root.glob(f"attune-{run_id}-*"):  # of a machine that went down, or a janitor that did
         pid, _, began = left_over.name.rpartition("-")[2].partition(".")
         if not (pid.isdecimal() and str(began_at(int(pid))) == began):  # else: of a copy of the run that lives

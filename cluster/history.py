@@ -122,7 +122,7 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
             log.error("%s; the commit before it is used", problem)
             run.event("checkpoint_refused", problem=problem)
     else:
-        commit = read_commit(Path(resume))
+        commit = read_commit(Path(resume).absolute())
         if Path(resume).resolve().parent != run.checkpoints.resolve():
             raise UserError(f"--resume {resume}: is no checkpoint of the run in {run.path}; give --run-dir too")
     if exists:

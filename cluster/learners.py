@@ -18,7 +18,7 @@ TELL_S = 10.0
 
 @dataclass(frozen=True)
 class LearnerGroup:
-    """Ranks 0 .. n-1 of the learner. Rank 0's answer is the group's."""
+    """Ranks 0 .. n-1 of the learner. Rank 0's answer is the group's, but for `answers`."""
 
     supervisor: Supervisor
     ranks: tuple[Running, ...]
@@ -27,7 +27,11 @@ class LearnerGroup:
     """Of the policy."""
 
     def call(self, method: str, *args: Any, what: str, seconds: float) -> Any:
-        """Calls a method on every rank and returns rank 0's answer.
+        """Calls a method on every rank and returns rank 0's answer; raises as `answers` does."""
+        return self.answers(method, *args, what=what, seconds=seconds)[0]
+
+    def answers(self, method: str, *args: Any, what: str, seconds: float) -> list[Any]:
+        """Calls a method on every rank and returns the answers in their order.
 
         Raises:
             LearnerDied: a rank died, lost its peers, or did not answer in time; names it.
@@ -38,7 +42,7 @@ class LearnerGroup:
         references = [getattr(rank.handle, method).remote(*args) for rank in self.ranks]
         names = [rank.name for rank in self.ranks]
         try:
-            return self.supervisor.wait(references, names, what=what, seconds=seconds, tick=self.tick)[0]
+            return self.supervisor.wait(references, names, what=what, seconds=seconds, tick=self.tick)
         except (PartDied, Unanswered) as gone:
             raise LearnerDied(str(gone)) from gone
         except PartFailed as failed:

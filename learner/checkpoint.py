@@ -9,6 +9,7 @@ elsewhere is seeded by the run's seed and the step. `learner.commit` makes a che
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.commit import NoSpace, is_full_disk
+from learner.commit import NOT_SHARED, NoSpace, Written, is_full_disk, written
 from learner.engine import Engine
 from learner.ppo import TrainerState
 from learner.publish import BUCKET_BYTES, ShardWriter, buckets_of, published_tensors, save_model_files
@@ -41,16 +42,23 @@ class LearnerState:
     trainer: TrainerState
 
 
-def save_checkpoint(engine: Engine, trainer: TrainerState, tokenizer: Any, directory: str | Path) -> None:
-    """Writes the learner's part into `directory`. Collective; the driver commits it when every rank has returned.
+def save_checkpoint(engine: Engine, trainer: TrainerState, tokenizer: Any, directory: str | Path) -> Written:
+    """Writes the learner's part into `directory`, and says what is there then.
+
+    Collective; the driver commits it when every rank has returned, and what they wrote is what it sees.
 
     Raises:
         NoSpace: this rank found the disk full.
+        UserError: the run has no directory here.
     """
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(exist_ok=True)  # without parents: they are there wherever the driver's directory is seen
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} is not there on {os.uname().nodename}. {NOT_SHARED}") from error
     try:
         _save(engine, trainer, tokenizer, path)
+        return written(path)
     except (OSError, RuntimeError) as error:
         # torch's writer says that a write failed, not why.
         if is_full_disk(error) or shutil.disk_usage(path).free < FULL_BYTES:

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,20 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+NOT_SHARED = "The run directory must be on storage that all nodes of the cluster share (--run-dir)"
 _STEP = re.compile(r"step_(\d+)")
 
 
 class NoSpace(Exception):  # noqa: N818 - reads as what it says where it is raised
     """A checkpoint was not written for want of room on the disk. The commits that are there stay valid."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank found in the directory of a checkpoint when it had written its part: bytes by relative name."""
+
+    node: str
+    files: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,31 @@ def begin_checkpoint(run_dir: str | Path, step: int) -> Path:
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
     return directory
+
+
+def written(directory: str | Path) -> Written:
+    """What this process sees in the directory of a checkpoint, its own files at their full size."""
+    path = Path(directory)
+    files = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    return Written(os.uname().nodename, files)
+
+
+def check_written(directory: str | Path, parts: Iterable[tuple[str, Written]]) -> None:
+    """Compares what the ranks (by name) wrote with what is here, before it is made a commit.
+
+    Raises:
+        UserError: a file is missing here or shorter: the ranks wrote somewhere else.
+    """
+    here = written(directory)
+    for rank, part in parts:
+        for name, size in sorted(part.files.items()):
+            found = here.files.get(name)
+            if found is None or found < size:
+                lacks = "it is not there" if found is None else f"it has {found} bytes there"
+                raise UserError(
+                    f"{directory} is no checkpoint: {rank} on {part.node} wrote {size} bytes of {name}, and for the "
+                    f"driver on {here.node} {lacks}. {NOT_SHARED}; the commits that are there stay valid"
+                )
 
 
 def commit_checkpoint(directory: str | Path, manifest: Mapping[str, Any]) -> Path:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.checkpoint_config import CheckpointSection
+from learner.commit import Written
 from learner.config import LearnerSection
 from learner.drift import watch_attention
 from learner.engine import Engine, Reference
@@ -159,9 +160,9 @@ class LearnerWorker:
         return {} if report is None else asdict(report)
 
     @collective
-    def save_checkpoint(self, directory: str) -> None:
+    def save_checkpoint(self, directory: str) -> Written:
         """Writes the learner's part of a checkpoint; `learner.commit.commit_checkpoint` makes it one."""
-        save_checkpoint(self.engine, self.trainer, load_tokenizer(self.policy_section), directory)
+        return save_checkpoint(self.engine, self.trainer, load_tokenizer(self.policy_section), directory)
 
     @collective
     def export(self, directory: str) -> None:

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cluster.cli import run_command
 from cluster.config import Config
-from cluster.driver import say_finished, shared_weights
+from cluster.driver import say_finished, shared_weights, train
 from cluster.files import read_jsonl
 from cluster.history import History
 from cluster.janitor import began_at
 from cluster.recipe import resolve, save_resolved
 from cluster.run_dir import RunDir
+from services.errors import UserError
 
 
 def recipe(**cluster: Any) -> Config:
@@ -65,6 +67,22 @@ def test_a_run_killed_before_its_last_word_says_it_at_the_next_start(tmp_path: P
         assert (summary["ended"], summary["committed_steps"]) == ("finished", 2)
         assert {state: count for state, count in summary["ledger"].items() if count} == {"committed": 3}
         assert json.loads(run.status.read_text(encoding="utf-8"))["phase"] == "finished"
+
+
+def test_a_run_directory_is_absolute_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks work in other directories than the driver, most of all in a Ray cluster that was joined."""
+    found: list[Path] = []
+
+    def stop_here(_: Config, run: RunDir) -> None:
+        found.append(run.path)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("cluster.driver.load_training_data", stop_here)
+    monkeypatch.setattr("cluster.driver.check_engine", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="far enough"):
+        train(recipe(), Path("runs/mine"), resume="auto", console=Console())
+    assert found == [tmp_path / "runs" / "mine"]
 
 
 def test_a_signal_while_ray_comes_up_stops_the_run(

@@ -10,8 +10,10 @@ import pytest
 
 from learner.commit import (
     NoSpace,
+    Written,
     begin_checkpoint,
     check_space,
+    check_written,
     clear_unfinished,
     commit_checkpoint,
     is_full_disk,
@@ -21,6 +23,7 @@ from learner.commit import (
     prune_checkpoints,
     read_commit,
     set_aside_after,
+    written,
 )
 from services.errors import UserError
 
@@ -232,6 +235,20 @@ def test_a_full_disk_leaves_the_old_commit_and_says_how_much_is_missing(tmp_path
     check_space(tmp_path, 5000)
     with pytest.raises(NoSpace, match=r"takes 1048576.00 GiB, .* are left, .* are missing; the commits"):
         check_space(tmp_path, 2**50)
+
+
+def test_a_file_that_is_shorter_here_than_a_rank_wrote_it_is_no_part_of_a_commit(tmp_path: Path) -> None:
+    partial = begin_checkpoint(tmp_path, 1)
+    (partial / "engine").mkdir()
+    part = partial / "engine" / "part.pt"
+    part.write_text("weights")
+    wrote = [("learner-0", Written("there", {})), ("learner-1", written(partial))]
+    check_written(partial, wrote)
+    part.write_text("weights and more")  # another rank's, seen by learner-1 before it was done
+    check_written(partial, wrote)
+    part.write_text("weigh")
+    with pytest.raises(UserError, match=r"learner-1 on .* wrote 7 bytes of engine/part\.pt, .* it has 5 bytes there"):
+        check_written(partial, wrote)
 
 
 def test_only_a_partial_directory_is_committed(tmp_path: Path) -> None:
