@@ -137,8 +137,8 @@ class Training:
     def _begin(self) -> None:
         """Brings the run to the point where the manifest stands: the ledger, the learner, the gate."""
         clear_unfinished(self.run.path)
+        self.batches.reconcile()  # before any tick: what the driver before left would look like a loss of this one's
         settle_best(self.run, self.history, self.config.checkpoint.timeout_s, self._tick)
-        self.batches.reconcile()
         parts = self._plan()
         self.supervisor.planned["learner"] = parts["learner"]
         if self.rewards is None:

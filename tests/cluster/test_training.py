@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cluster.files import read_jsonl
 from cluster.history import History
 from cluster.plan import Part
 from cluster.recipe import resolve
@@ -18,6 +19,7 @@ from cluster.supervise import Kept, Supervisor
 from cluster.training import Training
 from cluster.training_data import TrainingData
 from services.errors import PlanError
+from services.records import Failure, Lease, PolicyVersion
 from services.stream.connect import connect
 from services.stream.embedded import EmbeddedRedis
 from services.stream.errors import StreamUnavailable
@@ -58,6 +60,35 @@ def test_a_redis_that_was_given_up_is_the_reason_that_is_said(server: EmbeddedRe
     training.supervisor.watch = given_up
     with pytest.raises(StreamUnavailable, match="died 4 times"):
         training.run_to_the_end()
+
+
+def test_what_the_driver_before_left_is_gone_on_with_while_its_best_policy_is_written_again(
+    server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export of an old commit takes long enough for Redis to be looked at."""
+    before = training_on(server, tmp_path)
+    before.batches.reconcile()
+    before.batches.give_prompts(0)
+    before.ledger.open_gate(PolicyVersion(1, 0), "weights.json", 2)
+    lease = before.ledger.lease("actor", PolicyVersion(1, 0), 60.0)
+    assert isinstance(lease, Lease)
+    failure = Failure(kind="data", code="too_long", message="longer than the model takes")
+    assert before.ledger.fail(lease.group_id, lease.attempt, failure, 0) == "failed"
+    training = training_on(server, tmp_path)
+
+    def export(*_: Any) -> None:
+        monkeypatch.setattr("cluster.recovery.LOOK_S", 0.0)
+        training._tick()
+
+    def no_room() -> dict[str, Part]:
+        raise PlanError("far enough")
+
+    monkeypatch.setattr("cluster.training.settle_best", export)
+    monkeypatch.setattr(training, "_plan", no_room)
+    with pytest.raises(PlanError, match="far enough"):
+        training.run_to_the_end()
+    assert "ledger_rebuilt" not in [event["event"] for event in read_jsonl(training.run.events)]
+    assert training.ledger.ids("failed") == [lease.group_id]
 
 
 @pytest.mark.timeout(120)
