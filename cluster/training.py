@@ -54,6 +54,13 @@ KEEP_VERSIONS = 2
 """Published sets of weights that are kept: the newest, and the one that an actor may still be reading."""
 
 
+def remove_older(weights_dir: Path) -> None:
+    """Removes published sets of weights but the newest, by their versions: a clock may be set back meanwhile."""
+    published = sorted(weights_dir.iterdir(), key=lambda path: [int(part) for part in path.name[1:].split("_")])
+    for old in published[:-KEEP_VERSIONS]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
 class Training:
     """One run, from its first lease to its last commit."""
 
@@ -234,9 +241,7 @@ class Training:
         )
         self.batches.give_prompts(step)
         self.ledger.open_gate(version, manifest, limit)
-        published = sorted(self.weights_dir.iterdir(), key=lambda path: path.stat().st_mtime)
-        for old in published[:-KEEP_VERSIONS]:
-            shutil.rmtree(old, ignore_errors=True)
+        remove_older(self.weights_dir)
         return time.monotonic() - began
 
     def _published(self, step: int) -> Path:

@@ -1,6 +1,7 @@
 """How a run ends that cannot go on: with what it lacks, and not with who waited for it."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from cluster.recipe import resolve
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
 from cluster.supervise import Kept, Supervisor
-from cluster.training import Training
+from cluster.training import Training, remove_older
 from cluster.training_data import TrainingData
 from services.errors import PlanError
 from services.records import Failure, Lease, PolicyVersion
@@ -89,6 +90,15 @@ def test_what_the_driver_before_left_is_gone_on_with_while_its_best_policy_is_wr
         training.run_to_the_end()
     assert "ledger_rebuilt" not in [event["event"] for event in read_jsonl(training.run.events)]
     assert training.ledger.ids("failed") == [lease.group_id]
+
+
+def test_the_weights_that_stay_are_the_newest_whatever_the_clock_says(tmp_path: Path) -> None:
+    names = ["v1_9", "v1_10", "v2_4", "v10_0"]
+    for age, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    remove_older(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"v2_4", "v10_0"}
 
 
 @pytest.mark.timeout(120)
