@@ -50,7 +50,7 @@ _DAMAGED = re.compile(
     rb"|redis bug report start",
     re.IGNORECASE,
 )
-"""In its messages: it cannot read its log, or crashes on it. Most of one that was rewritten is in the format of an RDB."""
+"""In its messages: it cannot read its log, or crashes on it. What it rewrote of one is in the format of an RDB."""
 
 
 def redis_executable() -> Path:
