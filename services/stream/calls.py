@@ -2,8 +2,8 @@
 
 A call whose reply was lost is sent again although it may have been carried out; the ledger's scripts recognise that by
 the token that each call carries. A server that has forgotten the scripts (it restarted) is given them again. One that
-answers but cannot serve just now (it loads, runs a long script, is no longer the master) is waited for as if it were
-silent.
+answers but cannot serve just now (it loads, runs a long script, is no longer the master, lacks replicas) is waited for
+as if it were silent.
 """
 
 import hashlib
@@ -106,7 +106,11 @@ class Calls:
                 if _is_demoted(error):
                     # Another is the master now: new connections look its name up anew. Those in use hear it themselves.
                     self._client.connection_pool.disconnect(inuse_connections=False)
-                elif not (isinstance(error, ClusterDownError) or _is_busy(error) or isinstance(why, wait_out)):
+                elif not (
+                    isinstance(error, ClusterDownError)
+                    or _says(error, "BUSY", "NOREPLICAS")
+                    or isinstance(why, wait_out)
+                ):
                     raise why from error
             waited = time.monotonic() - started
             if waited + pause > self._patience_s:
@@ -116,12 +120,13 @@ class Calls:
 
 
 def _is_demoted(error: ResponseError) -> bool:
-    # From within a script, Redis 6 says it in an error of its own.
-    return isinstance(error, ReadOnlyError) or "-READONLY You can't write" in str(error)
+    # Who was blocked in a read when it happened is told so.
+    return isinstance(error, ReadOnlyError) or _says(error, "READONLY", "UNBLOCKED")
 
 
-def _is_busy(error: ResponseError) -> bool:
-    return re.search(r"(^|: )BUSY ", str(error)) is not None  # in a pipeline the command stands before it
+def _says(error: ResponseError, *codes: str) -> bool:
+    """Before the code stands, in a pipeline, the command; from within a script of Redis 6, where it was called."""
+    return re.search(rf"(^|: -?)({'|'.join(codes)}) ", str(error)) is not None
 
 
 def _translated(error: ResponseError, where: str) -> Exception:
@@ -132,6 +137,6 @@ def _translated(error: ResponseError, where: str) -> Exception:
         return LedgerLost(f"{where}: {text.removeprefix('LOST ')}")
     if text.startswith("FORGETTING "):
         return LedgerForgetting(text.removeprefix("FORGETTING "))
-    if text.startswith("MISCONF") or "OOM command not allowed" in text:
+    if _says(error, "MISCONF") or "OOM command not allowed" in text:
         return StreamFull(f"{where} refuses writes: {text}")
     return error
