@@ -73,6 +73,10 @@ def _check(info: dict[str, Any], where: str) -> None:
     version = str(info["redis_version"])
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_VERSION:
         raise StreamUnavailable(f"Redis at {where} is version {version}; 6.2 or later is needed")
+    if info.get("redis_mode") == "cluster":
+        raise StreamUnavailable(
+            f"Redis at {where} is a node of a Redis Cluster; a run needs a Redis alone, with replicas or without"
+        )
     policy = str(info.get("maxmemory_policy", "noeviction"))
     if int(info.get("maxmemory", 0)) and policy != "noeviction":
         log.warning("Redis at %s evicts keys when it is full (%s): set maxmemory-policy noeviction", where, policy)

@@ -3,9 +3,11 @@
 import math
 import socket
 import socketserver
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -18,7 +20,7 @@ from services.records import Group, Lease, PolicyVersion, Prompt
 from services.stream.codec import decode_group, decode_prompt, encode_group, encode_prompt
 from services.stream.config import StreamSection
 from services.stream.connect import address_of, connect
-from services.stream.embedded import EmbeddedRedis
+from services.stream.embedded import EmbeddedRedis, redis_executable
 from services.stream.errors import CodecError, StreamUnavailable
 
 
@@ -67,6 +69,20 @@ def old_redis() -> Iterator[int]:
 def test_a_redis_that_is_too_old_is_refused(old_redis: int) -> None:
     with pytest.raises(StreamUnavailable, match=r"version 6\.0\.16; 6\.2 or later"):
         connect(f"redis://127.0.0.1:{old_redis}", 2)
+
+
+def test_a_node_of_a_redis_cluster_is_refused(tmp_path: Path) -> None:
+    """It would let us in, and then send every other key of the ledger elsewhere."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1] - 10_000  # nodes talk to each other on the port that is as much higher
+    command = [str(redis_executable()), "--port", str(port), "--cluster-enabled", "yes"]
+    with subprocess.Popen([*command, "--save", ""], cwd=tmp_path, stdout=subprocess.DEVNULL) as node:
+        try:
+            with pytest.raises(StreamUnavailable, match="is a node of a Redis Cluster"):
+                connect(f"redis://127.0.0.1:{port}", 10)
+        finally:
+            node.kill()
 
 
 def test_a_redis_that_evicts_is_warned_of(
