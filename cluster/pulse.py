@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 EVERY_S = 1.0
+ANSWER_S = 10.0
+"""A question has so long (s) before a part counts as silent: the driver may just have come back from work of its own,
+and what was heard before that says nothing of the time since."""
 
 
 @dataclass
@@ -19,6 +22,8 @@ class Pulse:
     moved: float
     reference: Any = None
     asked: float = 0.0
+    told: float = 0.0
+    """When the question was put that was answered last."""
     count: int = -1
     has_work: bool = False
     worked: bool = False
@@ -32,7 +37,7 @@ class Pulse:
 
     def heard(self, answer: tuple[int, bool], now: float) -> None:
         count, has_work = answer
-        self.reference, self.has_work = None, has_work
+        self.reference, self.has_work, self.told = None, has_work, self.asked
         self.worked = self.worked or count > 0 or not has_work
         if count != self.count or not has_work:
             self.count, self.moved = count, now
@@ -43,5 +48,6 @@ class Pulse:
         return self.count >= 0
 
     def still_s(self, now: float) -> float:
-        """Seconds since it last got on, or had nothing to do."""
-        return now - self.moved
+        """Seconds that it is known to have had work and not got on, or not to have answered."""
+        silent = self.reference is not None and now - self.asked >= ANSWER_S
+        return max(0.0, (now if silent else self.told) - self.moved)

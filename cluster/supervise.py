@@ -363,7 +363,7 @@ class Supervisor:
         starting = [
             kept.part
             for kept in self.kept
-            if kept.now is not None and not kept.now.pulse.beats and kept.now.pulse.still_s(now) < VIEW_S
+            if kept.now is not None and not kept.now.pulse.beats and now - kept.now.pulse.moved < VIEW_S
         ]
         ranks = self.learners if self.room is None else []  # what is reserved is not free
         starting += [each.part for each in [*self.others, *ranks] if each.part is not None and not each.pulse.beats]

@@ -42,6 +42,7 @@ class Crew:
 def actor(name: str, *answers: tuple[int, bool]) -> Actor:
     pulse = Pulse(handle=None, moved=0.0)
     for place, answer in enumerate(answers):
+        pulse.asked = 10.0 * place
         pulse.heard(answer, float(place))
     return Actor(name, pulse)
 

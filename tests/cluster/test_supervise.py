@@ -276,7 +276,7 @@ class Measuring:
     def answer(self) -> None:
         self.actor.end_calls(({}, 1.0))
 
-    def __call__(self, *script: Callable[[], object]) -> float:
+    def __call__(self, *script: Callable[[], object]) -> float | None:
         self.crew.script = list(script)
         return self.asked.evaluate(lambda: ("weights", None)).value
 
