@@ -4,8 +4,9 @@ The committed manifest is the truth (invariant 1). It is cumulative, so that an 
 ids of every step it contains, the groups that failed and why, the best evaluation so far.
 """
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,51 @@ FIXED = (
 """What a resumed run may not change: lease order, batches and the meaning of what is committed hang on it."""
 
 
+class Steps(Mapping[int, list[str]]):
+    """The group ids of steps 0 .. n-1, in the order in which they were trained on.
+
+    Each step as text: they are all that a driver holds more of with every step, and lists of strings are four times as
+    large.
+    """
+
+    def __init__(self, steps: Mapping[int, Sequence[str]] | None = None) -> None:
+        """Raises ValueError where a step is left out."""
+        self._texts: list[str] = []
+        self.groups = 0
+        """Of all steps."""
+        for step in sorted(steps or ()):
+            self[step] = (steps or {})[step]
+
+    def __getitem__(self, step: int) -> list[str]:
+        if not 0 <= step < len(self._texts):
+            raise KeyError(step)
+        return json.loads(self._texts[step])
+
+    def __setitem__(self, step: int, groups: Sequence[str]) -> None:
+        if step != len(self._texts):
+            raise ValueError(f"step {step} does not follow {len(self._texts)} steps")
+        self._texts.append(json.dumps(list(groups)))
+        self.groups += len(groups)
+
+    def forget_from(self, step: int) -> None:
+        """As if this step and what follows it had not been."""
+        self.groups -= sum(len(self[later]) for later in range(step, len(self)))
+        del self._texts[step:]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self._texts)))
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+
 @dataclass
 class History:
     """The steps that are in the trained weights: committed ones, and those done since."""
 
     run_id: str
     incarnation: int
-    steps: dict[int, list[str]] = field(default_factory=dict)
+    steps: Steps = field(default_factory=Steps)
     failed: dict[str, Failure] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     revisions: dict[int, list[str]] = field(default_factory=dict)
@@ -55,7 +94,7 @@ class History:
 
     @property
     def groups_done(self) -> int:
-        return sum(map(len, self.steps.values()))
+        return self.steps.groups
 
     def note_revisions(self, step: int, revisions: Sequence[str]) -> bool:
         """Under which revisions of the reward's recipe a step was scored; True where they are not the last step's."""
@@ -131,7 +170,7 @@ def open_history(run: RunDir, config: Config, resume: str, run_id: str) -> Histo
     if commit is not None:
         manifest = commit.manifest
         history.run_id = manifest["run_id"]
-        history.steps = {int(step): list(groups) for step, groups in manifest["steps"].items()}
+        history.steps = Steps({int(step): groups for step, groups in manifest["steps"].items()})
         history.failed = {group: Failure.model_validate(failure) for group, failure in manifest["failed"].items()}
         history.best = dict(manifest["best"])
         history.revisions = {int(step): list(found) for step, found in manifest.get("revisions", {}).items()}

@@ -402,7 +402,7 @@ class Training:
         """After a signal: the unfinished step is left for the replay; finished ones are committed if there is time."""
         if self.open_step is not None:
             # The learner's weights hold a part of it, or its line is not written: only the last commit is whole.
-            self.history.steps.pop(self.open_step, None)
+            self.history.steps.forget_from(self.open_step)
             return
         left = self.stop.grace_left(self.config.cluster.stop_s)
         if self.history.steps_done == self.history.committed_steps or left < 2 * self.last_commit_s:

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -339,11 +339,26 @@ def _write_json(path: Path, tree: Mapping[str, Any]) -> str:
     """Brings it to the disk, and returns its SHA-256. Piece by piece: it names every group of the run."""
     sum_ = hashlib.sha256()
     with path.open("wb") as file:
-        for piece in json.JSONEncoder(indent=1, sort_keys=True).iterencode(tree):
+        for piece in _pieces(tree):
             file.write(piece.encode())
             sum_.update(piece.encode())
     sync(path)
     return sum_.hexdigest()
+
+
+def _pieces(tree: Mapping[str, Any]) -> Iterator[str]:
+    """An object as JSON. A mapping in it that is no dict is asked for one item after the other, each a line."""
+    encoder = json.JSONEncoder(indent=1, sort_keys=True)
+    for place, key in enumerate(sorted(tree)):
+        yield f"{',' if place else '{'}\n {json.dumps(key)}: "
+        if isinstance(tree[key], dict) or not isinstance(tree[key], Mapping):
+            yield from encoder.iterencode(tree[key])
+            continue
+        yield "{"
+        for number, (name, value) in enumerate(tree[key].items()):
+            yield f"{',' if number else ''}\n  {json.dumps(str(name))}: {json.dumps(value)}"
+        yield "\n }"
+    yield "\n}\n"
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ import redis
 from cluster.batches import Batches
 from cluster.feed import groups_of_epoch
 from cluster.files import read_jsonl
-from cluster.history import History
+from cluster.history import History, Steps
 from cluster.recipe import resolve
 from cluster.run_dir import RunDir
 from cluster.training_data import TrainingData
@@ -49,7 +49,7 @@ class Driver:
         config = resolve({"run": run, "data": data, "policy": {"model": "m"}}, "test")
         manifest = manifest or {"incarnation": 0, "steps": {}}
         self.history = History("run", incarnation=manifest["incarnation"] + 1)
-        self.history.steps = {int(step): list(groups) for step, groups in manifest["steps"].items()}
+        self.history.steps = Steps({int(step): groups for step, groups in manifest["steps"].items()})
         self.history.committed_steps = self.history.steps_done
         self.dir = RunDir(path)
         self.ledger = Ledger(connect(url), "run", patience_s=20)
@@ -69,7 +69,7 @@ class Driver:
         self.history.steps[step] = self.batches.wait(step, lambda: False, lambda _: None)
         self.open_gate()
         self.history.committed_steps = step + 1
-        self.manifest = cast(dict[str, Any], json.loads(json.dumps(self.history.manifest())))
+        self.manifest = cast(dict[str, Any], json.loads(json.dumps(self.history.manifest(), default=dict)))
         self.batches.commit({step: self.history.steps[step]})
 
     def to_the_end(self) -> None:

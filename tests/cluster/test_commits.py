@@ -9,7 +9,7 @@ import pytest
 
 from cluster.commits import commit
 from cluster.files import read_jsonl
-from cluster.history import History
+from cluster.history import History, Steps
 from cluster.learners import LearnerGroup
 from cluster.run_dir import RunDir
 from learner.checkpoint import save_checkpoint
@@ -53,7 +53,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def commit_of(run: RunDir, ranks: Sequence[Rank]) -> None:
-    history = History("abc", 1, steps={0: ["0:p0"]})
+    history = History("abc", 1, steps=Steps({0: ["0:p0"]}))
     batches: Any = SimpleNamespace(note_failures=lambda: None, commit=lambda _: None)
     commit(run, CheckpointSection(), history, learners_of(*ranks), batches)
 

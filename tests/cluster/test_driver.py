@@ -17,7 +17,7 @@ from cluster.cli import run_command
 from cluster.config import Config
 from cluster.driver import say_finished, shared_weights, train
 from cluster.files import read_jsonl
-from cluster.history import History
+from cluster.history import History, Steps
 from cluster.janitor import began_at
 from cluster.recipe import resolve, save_resolved
 from cluster.run_dir import RunDir
@@ -58,7 +58,7 @@ def test_a_recipe_that_cannot_be_written_leaves_the_one_that_is_there(tmp_path: 
 
 def test_a_run_killed_before_its_last_word_says_it_at_the_next_start(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    history = History("abc", 2, steps={0: ["0:a", "0:b"], 1: ["0:c"]}, committed_steps=2)
+    history = History("abc", 2, steps=Steps({0: ["0:a", "0:b"], 1: ["0:c"]}), committed_steps=2)
     run.summary.write_text(json.dumps({"ended": "finished", "committed_steps": 1}))  # before it was extended
     for _ in range(2):
         say_finished(recipe(), run, history)

@@ -9,7 +9,7 @@ import pytest
 from cluster.commits import commit_failures
 from cluster.config import Config
 from cluster.files import read_jsonl
-from cluster.history import History, begin_incarnation, open_history
+from cluster.history import History, Steps, begin_incarnation, open_history
 from cluster.recipe import resolve, save_resolved
 from cluster.run_dir import RunDir
 from learner.commit import begin_checkpoint, commit_checkpoint
@@ -339,3 +339,22 @@ def test_the_manifest_is_json_that_says_what_it_holds(run: RunDir) -> None:
         "failed": {},
     }
     assert list(manifest["files"]) == ["engine/rank0.pt"]
+
+
+def test_steps_are_what_was_put_in_and_follow_each_other() -> None:
+    steps = Steps({1: ["0:b"], 0: ['0:a \n"é', "0:c"]})
+    steps[2] = []
+    assert steps == {0: ['0:a \n"é', "0:c"], 1: ["0:b"], 2: []}
+    assert (len(steps), steps.groups, list(steps)) == (3, 3, [0, 1, 2])
+    for missing in (-1, 3):
+        with pytest.raises(KeyError):
+            steps[missing]
+    for step in (1, 4):
+        with pytest.raises(ValueError, match="does not follow"):
+            steps[step] = ["0:d"]
+    steps.forget_from(3)
+    assert len(steps) == 3
+    steps.forget_from(1)
+    assert (steps, steps.groups) == ({0: ['0:a \n"é', "0:c"]}, 2)
+    steps[1] = ["0:b"]
+    assert steps.groups == 3

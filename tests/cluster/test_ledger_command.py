@@ -209,7 +209,8 @@ def test_what_a_damaged_commit_held_is_not_committed(run: Run) -> None:
 @pytest.mark.parametrize("left", [0, 1])
 def test_groups_that_have_left_the_ledger_are_named_when_their_commit_is_gone(run: Run, left: int) -> None:
     ids = run.ids
-    run.history.steps |= {2: ids[4:6], 3: [ids[6], ids[8]], 4: [ids[9]]}
+    for step, groups in enumerate((ids[4:6], [ids[6], ids[8]], [ids[9]]), start=2):
+        run.history.steps[step] = groups
     run.history.failed[ids[7]] = EMPTY
     run.commit()
     run.ledger.reconcile(run.history.steps, run.history.failed)
