@@ -65,7 +65,7 @@ class Chaos:
     def __init__(self, directory: Path, kills: int, seed: int, say: Callable[[str], None]) -> None:
         self.run = directory / "run"
         self.log = (directory / "driver.log").open("a", encoding="utf-8")
-        self.recipe = write_recipe(directory, 24 + 8 * kills, seed)
+        self.recipe = write_recipe(directory, 24 + 12 * kills, seed)
         self.random = random.Random(seed)
         self.watch = Watch(self.run)
         self.kills = kills
