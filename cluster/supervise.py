@@ -313,6 +313,18 @@ class Supervisor:
         self.ray.kill(part.handle, no_restart=True)
         self._lost(kept, PartDied(f"{part.name} failed: {why}"))
 
+    def end_rollouts(self, count: int) -> None:
+        """Ends the last `count` rollout actors; each is started again once there is room beside what is spoken for."""
+        up = [kept for kept in self.kept if kept.kind == "rollout" and kept.now is not None]
+        for kept in up[len(up) - count :] if count > 0 else []:
+            part = kept.now
+            assert part is not None
+            kept.now, kept.lost, kept.due = None, part.name, 0.0
+            self.ray.kill(part.handle, no_restart=True)
+            more = kept.on_death(part)
+            log.warning("%s is ended: the cluster has no room for it beside the learner now", part.name)
+            self.run_dir.event("part_missing", part=kept.part.name, actor=part.name, **more)
+
     def _lost(self, kept: Kept, error: Exception) -> None:
         part = kept.now
         assert part is not None

@@ -158,6 +158,8 @@ class Training:
                 self.supervisor, parts["rollout"], self.config, self.data.idf_text, self.url, self.history.run_id
             )
             self.rewards = RewardParts(self.supervisor, parts, self.config, self.url, self.history.run_id)
+        # After a node was lost there may be more of them than the plan has: they would sit where the ranks have to go.
+        self.supervisor.end_rollouts(len(self.supervisor.rollouts) - parts["rollout"].count)
         self._start_learners(parts["learner"])
         self.rewards.wait(self.config.cluster.start_s, self._tick)
         wait_for_rollouts(self.supervisor, parts["rollout"].count, self.config.cluster.start_s, self._tick)

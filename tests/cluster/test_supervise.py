@@ -472,6 +472,25 @@ def test_a_reservation_holds_its_room_by_itself(tmp_path: Path) -> None:
     assert len(crew.supervisor.rollouts) == 2
 
 
+def test_rollout_actors_that_sit_where_the_learner_has_to_go_are_ended_and_come_back(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    for _ in range(2):
+        crew.supervisor.start_rollouts(crew.part, crew.rollout)
+    crew.supervisor.end_rollouts(0)
+    crew.supervisor.end_rollouts(-1)
+    assert len(crew.supervisor.rollouts) == 3
+    crew.supervisor.planned["learner"] = Part("learner", 2, 1.0)
+    crew.supervisor.end_rollouts(2)
+    assert [part.name for part in crew.supervisor.rollouts] == ["rollout-0"]
+    crew.ray.free = [{"CPU": 2.5}]
+    crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 1  # the room is the learner's
+    crew.ray.free = [{"CPU": 4.0}]
+    crew.supervisor.check()
+    assert len(crew.supervisor.rollouts) == 3
+    assert crew.events() == ["part_missing"] * 2 + ["part_started"] * 2  # no death, and nothing of the budget
+
+
 def test_the_evaluators_room_is_kept_until_it_is_started(tmp_path: Path) -> None:
     crew = Crew(tmp_path, restarts=0)
     part = Part("evaluator", 1, 1.0)
