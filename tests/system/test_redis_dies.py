@@ -70,7 +70,8 @@ def test_the_embedded_redis_is_killed(start: Start, recipe: Recipe, tmp_path: Pa
     said = [event["event"] for event in events_of(run)]
     assert said.count("redis_restarted") == 3
     # Which of the two depends on what the log had of the last answers: a busy disk is written to after them.
-    assert said.count("ledger_kept") + said.count("ledger_rebuilt") >= 2
+    # The driver looks once a second: two restarts within it are looked at as one.
+    assert 1 <= said.count("ledger_kept") + said.count("ledger_rebuilt") <= 3
     assert address_in(run / "redis") is None
 
 
