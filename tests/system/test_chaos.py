@@ -20,7 +20,7 @@ def test_what_is_killed_costs_no_prompt(tmp_path: Path) -> None:
     assert {death for death, times in found["to_progress"].items() if times["kills"]} == {
         "rollout", "redis", "learner", "all",
     }  # fmt: skip
-    assert found["groups"] == 24 + 8 * 3
+    assert found["groups"] == 24 + 12 * 3
     assert (found["lost"], found["failed"], found["trained_twice"], found["orphans"]) == (0, 0, 0, 0)
     assert found["disagreements"] == []
     assert found["at_moments"] == {"step": 1, "checkpoint": 1, "transfer": 1, "start": 0, "any": 0}
