@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+SEEN_S = 90.0
+"""Seconds after which what another machine has written is seen here: NFS may show a listing that is a minute old."""
+LOOK_EVERY_S = 1.0
 NOT_SHARED = "The run directory must be on storage that all nodes of the cluster share (--run-dir)"
 _STEP = re.compile(r"step_(\d+)")
 
@@ -81,9 +85,20 @@ def check_written(directory: str | Path, parts: Iterable[tuple[str, Written]]) -
     """Compares what the ranks (by name) wrote with what is here, before it is made a commit.
 
     Raises:
-        UserError: a file is missing here or shorter: the ranks wrote somewhere else.
+        UserError: a file is missing here or shorter, for SEEN_S: the ranks wrote somewhere else.
     """
-    here = written(directory)
+    wrote = list(parts)
+    end = time.monotonic() + SEEN_S
+    while True:
+        try:
+            return _compare(directory, written(directory), wrote)
+        except UserError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(LOOK_EVERY_S)
+
+
+def _compare(directory: str | Path, here: Written, parts: Iterable[tuple[str, Written]]) -> None:
     for rank, part in parts:
         for name, size in sorted(part.files.items()):
             found = here.files.get(name)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,10 @@ def test_a_full_disk_leaves_the_old_commit_and_says_how_much_is_missing(tmp_path
         check_space(tmp_path, 2**50)
 
 
-def test_a_file_that_is_shorter_here_than_a_rank_wrote_it_is_no_part_of_a_commit(tmp_path: Path) -> None:
+def test_a_file_that_is_shorter_here_than_a_rank_wrote_it_is_no_part_of_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.commit.SEEN_S", 0.0)
     partial = begin_checkpoint(tmp_path, 1)
     (partial / "engine").mkdir()
     part = partial / "engine" / "part.pt"
@@ -249,6 +253,17 @@ def test_a_file_that_is_shorter_here_than_a_rank_wrote_it_is_no_part_of_a_commit
     part.write_text("weigh")
     with pytest.raises(UserError, match=r"learner-1 on .* wrote 7 bytes of engine/part\.pt, .* it has 5 bytes there"):
         check_written(partial, wrote)
+
+
+def test_what_another_machine_wrote_may_be_seen_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may show a listing from before."""
+    monkeypatch.setattr("learner.commit.LOOK_EVERY_S", 0.01)
+    partial = begin_checkpoint(tmp_path, 1)
+    appears = threading.Timer(0.3, lambda: (partial / "part.pt").write_text("weights"))
+    appears.start()
+    check_written(partial, [("learner-0", Written("there", {"part.pt": 7}))])
+    assert (partial / "part.pt").read_text() == "weights"
+    appears.join()
 
 
 def test_only_a_partial_directory_is_committed(tmp_path: Path) -> None:
