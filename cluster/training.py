@@ -39,8 +39,8 @@ from cluster.summary import Outcome, say_end
 from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Supervisor
 from cluster.training_data import TrainingData
 from cluster.weight_rounds import WeightRounds
-from learner.bad_batch import BadBatch
 from learner.commit import clear_unfinished
+from learner.errors import BadBatch
 from reward_server.placement import placed_models
 from services.records import PolicyVersion
 from services.stream.errors import StreamLost

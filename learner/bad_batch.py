@@ -5,31 +5,21 @@ an update (a loss or gradient that is not finite) is in the norm that the ranks 
 """
 
 import math
-from typing import TYPE_CHECKING
 
 from learner.advantages import FinishLength, loss_mask_of
+from learner.batch import Batch
 from learner.config import BadBatchSection
-
-if TYPE_CHECKING:
-    from learner.batch import Batch  # which raises BadBatch where samples make no batch
+from learner.errors import BadBatch, NonFinite
 
 
-class BadBatch(Exception):  # noqa: N818 - reads as what it says where it is raised
-    """A batch that the recipe does not let the policy be trained on. What was committed before is untouched."""
-
-
-class NonFinite(BadBatch):
-    """A loss, gradient or recorded log-probability that is not a finite number."""
-
-
-def flat_share(batch: "Batch") -> float:
+def flat_share(batch: Batch) -> float:
     """The share of prompts whose samples all have the same reward: nothing is to be learnt from them. Prompts with one
     sample do not count; 0 where there are no others."""
     several = [values for values in batch.rewards_by_group() if len(values) > 1]
     return sum(max(values) == min(values) for values in several) / len(several) if several else 0.0
 
 
-def check_batch(batch: "Batch", kl: float, section: BadBatchSection, finish_length: FinishLength) -> None:
+def check_batch(batch: Batch, kl: float, section: BadBatchSection, finish_length: FinishLength) -> None:
     """Raises BadBatch where nothing of the batch carries a loss, or it is over a limit of the recipe.
 
     `kl`: nats a response, to the reference.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.bad_batch import BadBatch, NonFinite
+from learner.errors import BadBatch, NonFinite
 from learner.microbatch import Tokens, pad_rows
 from services.records import Group, Sample
 

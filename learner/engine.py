@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from learner.bad_batch import NonFinite
 from learner.config import LearnerSection
+from learner.errors import NonFinite
 from learner.microbatch import Family
 from learner.policy import (
     Entropy,

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from learner.advantages import Advantages, Estimator, Experience, FinishLength, estimate
-from learner.bad_batch import BadBatch, NonFinite, check_batch, flat_share
+from learner.bad_batch import check_batch, flat_share
 from learner.batch import Batch, batch_of
 from learner.config import LearnerSection
 from learner.drift import check, choose, differences
 from learner.engine import Engine, Reference, add_over_ranks
+from learner.errors import BadBatch, NonFinite
 from learner.kl import KLController, kl_loss, kl_penalty, kl_per_sequence
 from learner.losses import (
     Normaliser,

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from learner import reward_losses as losses
-from learner.engine import Engine, NonFinite, add_over_ranks
+from learner.engine import Engine, add_over_ranks
+from learner.errors import NonFinite
 from learner.microbatch import MicroBatch, Minibatch, plan_epoch
 from learner.ppo import seed_of
 from learner.reward_examples import Example, prepared

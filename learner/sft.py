@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from learner.engine import Engine, NonFinite, add_over_ranks
+from learner.engine import Engine, add_over_ranks
+from learner.errors import NonFinite
 from learner.losses import Normaliser, cross_entropy_loss, token_weights
 from learner.microbatch import MicroBatch, Tokens, collate, pad_rows, plan_epoch
 from learner.ppo import seed_of

@@ -46,7 +46,8 @@ def learners_of(*ranks: Rank) -> LearnerGroup:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDir:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.setattr("learner.commit.SEEN_S", 0.0)
     run = RunDir(tmp_path / "run")
     run.checkpoints.mkdir(parents=True)
     return run

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import learner.zero
-from learner.bad_batch import NonFinite
+from learner.errors import NonFinite
 from learner.publish import BUCKET_BYTES, export, publish
 from learner.reward_examples import Example
 from learner.reward_training import Data

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from learner.advantages import Advantages
-from learner.bad_batch import BadBatch, check_batch
+from learner.bad_batch import check_batch
 from learner.batch import batch_of
 from learner.config import BadBatchSection
+from learner.errors import BadBatch
 from learner.metrics import length_metrics, reward_metrics, sample_figures, version_metrics
 from services.records import Failure, Group, PolicyVersion, Prompt, Sample, Score
 
