@@ -159,10 +159,7 @@ class Evaluator:
         supervisor = self._supervisor
         supervisor.run_dir.event("evaluator_died", actor=NAME, error=str(error))
         supervisor.others = [part for part in supervisor.others if part is not self._actor]
-        try:
-            supervisor.ray.kill(self._actor.handle, no_restart=True)  # where it lives, and did not answer
-        except Exception as gone:
-            log.debug("%s: %s", NAME, gone)
+        supervisor.end(self._actor)  # where it lives, and did not answer
         pause = supervisor.budget.spend(NAME)
         if pause is None:
             raise error

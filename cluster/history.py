@@ -44,8 +44,8 @@ class Steps(Mapping[int, list[str]]):
         self._texts: list[str] = []
         self.groups = 0
         """Of all steps."""
-        for step in sorted(steps or ()):
-            self[step] = (steps or {})[step]
+        for step, groups in sorted((steps or {}).items()):
+            self[step] = groups
 
     def __getitem__(self, step: int) -> list[str]:
         if not 0 <= step < len(self._texts):

@@ -170,15 +170,18 @@ def nodes_of_ray(rows: Sequence[Mapping[str, object]], only: str | None = None) 
         if only is not None and row["NodeManagerAddress"] != only:
             continue
         amount = {key: float(value) for key, value in resources.items() if isinstance(value, int | float)}
-        nodes.append(
-            Node(
-                str(row["NodeManagerHostname"]),
-                amount.get("CPU", 0.0),
-                amount.get("GPU", 0.0),
-                amount.get("memory", 0.0) / 2**30,
-            )
-        )
+        nodes.append(_node(str(row["NodeManagerHostname"]), amount))
     return nodes
+
+
+def free_of_ray(view: Mapping[str, Mapping[str, float]], only: str | None = None) -> list[Node]:
+    """What is free on each living node, by Ray's resources of each; `only` on the machine with this address."""
+    bound = set() if only is None else bound_to(only).keys()
+    return [_node(name, free) for name, free in view.items() if free.keys() >= bound]
+
+
+def _node(name: str, amount: Mapping[str, float]) -> Node:
+    return Node(name, amount.get("CPU", 0.0), amount.get("GPU", 0.0), amount.get("memory", 0.0) / 2**30)
 
 
 def machines_of_ray(rows: Sequence[Mapping[str, object]]) -> int:

@@ -107,9 +107,8 @@ class ScoringActor:
         self._worker = ScoringWorker(ledger, self._client, section.worker, min_ok, consumer=name)
 
     def _client_of(self, url: str, token: str | None) -> RewardClient:
-        return RewardClient(
-            url, token, self._timeout_s, retries=0
-        )  # the worker tries again, and may be pointed elsewhere
+        # One try each: the worker tries again by itself, and may have been pointed elsewhere by then.
+        return RewardClient(url, token, self._timeout_s, retries=0)
 
     async def run(self) -> None:
         """Works until `stop`, and closes its connections."""

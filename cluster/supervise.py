@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster.plan import Node, Part, amount, bound_to, place
+from cluster.plan import Node, Part, amount, bound_to, free_of_ray, place
 from cluster.pulse import Pulse
 from cluster.reservation import Reservation
 from cluster.restarts import RestartBudget
@@ -310,31 +310,35 @@ class Supervisor:
                 self._give_up(kept, kept.now, why)
 
     def _give_up(self, kept: Kept, part: Running, why: str) -> None:
-        self.ray.kill(part.handle, no_restart=True)
         self._lost(kept, PartDied(f"{part.name} failed: {why}"))
 
     def end_rollouts(self, count: int) -> None:
         """Ends the last `count` rollout actors; each is started again once there is room beside what is spoken for."""
         up = [kept for kept in self.kept if kept.kind == "rollout" and kept.now is not None]
         for kept in up[len(up) - count :] if count > 0 else []:
-            part = kept.now
-            assert part is not None
-            kept.now, kept.lost, kept.due = None, part.name, 0.0
-            self.ray.kill(part.handle, no_restart=True)
-            more = kept.on_death(part)
+            part, more = self._vacate(kept)
+            kept.due = 0.0
             log.warning("%s is ended: the cluster has no room for it beside the learner now", part.name)
             self.run_dir.event("part_missing", part=kept.part.name, actor=part.name, **more)
 
-    def _lost(self, kept: Kept, error: Exception) -> None:
+    def _vacate(self, kept: Kept) -> tuple[Running, dict[str, Any]]:
+        """Takes a part out of its slot and ends what is left of it; the part, and what is to be said of its death."""
         part = kept.now
         assert part is not None
         kept.now, kept.lost = None, part.name
-        more = kept.on_death(part)
-        self.run_dir.event(f"{kept.kind}_died", actor=part.name, error=str(error), **more)
+        self.end(part)
+        return part, kept.on_death(part)
+
+    def end(self, part: Running) -> None:
+        """Ends a part's process, which may be gone already."""
         try:
-            self.ray.kill(part.handle, no_restart=True)  # where its work ended and its process did not
+            self.ray.kill(part.handle, no_restart=True)
         except Exception as gone:
             log.debug("%s: %s", part.name, gone)
+
+    def _lost(self, kept: Kept, error: Exception) -> None:
+        part, more = self._vacate(kept)
+        self.run_dir.event(f"{kept.kind}_died", actor=part.name, error=str(error), **more)
         cause = error.__cause__ or error
         again = kept.worked if isinstance(cause, UserError) else not isinstance(cause, SAID_ON_PURPOSE)
         kept.worked = kept.worked or part.pulse.worked
@@ -387,12 +391,7 @@ class Supervisor:
 
     def _free(self) -> list[Node]:
         """What each living node has free. Ray's public `available_resources` has the sum alone."""
-        view: Mapping[str, Mapping[str, float]] = self.ray._private.state.available_resources_per_node()
-        return [
-            Node(name, free.get("CPU", 0.0), free.get("GPU", 0.0), free.get("memory", 0.0) / 2**30)
-            for name, free in view.items()
-            if self.machine is None or free.keys() >= bound_to(self.machine).keys()
-        ]
+        return free_of_ray(self.ray._private.state.available_resources_per_node(), self.machine)
 
     def check_room(self, kind: str, seconds: float) -> None:
         """Asked by who waits for a part of a kind.
