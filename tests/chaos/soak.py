@@ -4,7 +4,8 @@ Resident memory and open files of each of the run's processes, and the memory an
 The first quarter is not counted: caches and allocators fill. Growth is the Theil-Sen slope (the median of the slopes
 of all pairs: a few spikes do not move it), times the counted time, in percent of the median; flat is within
 `FLAT_PERCENT` or within `FLAT_MB` (allocators hand memory out in arenas, and a process of 30 MB moves by more than a
-percent with each). Nothing may run beside it: the keys of Redis follow the steps a second.
+percent with each). Of the keys of Redis, those that stay must be flat; those that expire (each request's, for a minute)
+follow the steps a second, which are the machine's, so that what must be flat is their number for each step of a minute.
 The last line is a JSON object; exit 0 where all is flat.
 """
 
@@ -27,11 +28,13 @@ from redis import Redis
 
 from services.stream.embedded import address_in
 from tests.chaos.scene import write_recipe
-from tests.chaos.watch import Watch, wait_until
+from tests.chaos.watch import Watch, last_row, wait_until
 
 EVERY_S = 10.0
 FLAT_PERCENT, FLAT_MB, FLAT_FILES = 2.0, 4.0, 2.0
 PAIRS = 20_000
+MINUTE_S = 60.0
+EXPIRING, STEPS = "redis_keys that expire", "steps"
 EPOCH = 400
 """Prompts. The ledger holds two or three epochs: with long ones it would still be filling after the first quarter."""
 START_S, STOP_S = 300.0, 120.0
@@ -81,18 +84,39 @@ def look(watch: Watch, at: float, series: Series, redis: "Redis | None") -> None
     if redis is not None:
         info: Any = redis.info("memory")
         series.setdefault("redis_mb used_memory", []).append((at, info["used_memory"] / 2**20))
-        series.setdefault("redis_keys", []).append((at, float(str(redis.dbsize()))))
+        space: Any = redis.info("keyspace")
+        keys, expire = (float(sum(one[field] for one in space.values())) for field in ("keys", "expires"))
+        series.setdefault("redis_keys that stay", []).append((at, keys - expire))
+        series.setdefault(EXPIRING, []).append((at, expire))
+    newest = last_row(watch.run / "metrics.jsonl", lambda _: True)
+    series.setdefault(STEPS, []).append((at, 0.0 if newest is None else newest["step"] + 1.0))
+
+
+def per_step(
+    expiring: Sequence[tuple[float, float]], steps: Sequence[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """Expiring keys for each step of the minute before, from the first whole minute on."""
+    found: list[tuple[float, float]] = []
+    for i, (at, keys) in enumerate(expiring):
+        before = [count for then, count in steps[:i] if then <= at - MINUTE_S]
+        if before and steps[i][1] > before[-1]:
+            found.append((at, keys / (steps[i][1] - before[-1])))
+    return found
 
 
 def judged(series: Series, seconds: float) -> dict[str, dict[str, Any]]:
     """Each series that was there for the whole counted time: median, growth, and whether that is flat."""
     found: dict[str, dict[str, Any]] = {}
-    for name, points in sorted(series.items()):
+    rated = {f"{EXPIRING}, a step": per_step(series.get(EXPIRING, []), series[STEPS])}
+    for name, points in sorted({**series, **rated}.items()):
+        if name in (EXPIRING, STEPS):
+            continue
         counted = [point for point in points if point[0] >= seconds / 4]
         if len(counted) < 3 or counted[0][0] > seconds / 2 or counted[-1][0] < seconds - 3 * EVERY_S:
             continue
         median, grown = growth(counted)
-        allowed = max(FLAT_FILES if "_mb" not in name else FLAT_MB, median * FLAT_PERCENT / 100)
+        spare = FLAT_MB if "_mb" in name else 0.0 if name in rated else FLAT_FILES
+        allowed = max(spare, median * FLAT_PERCENT / 100)
         found[name] = {
             "median": round(median, 2),
             "growth": round(grown, 2),
