@@ -105,8 +105,8 @@ def _compare(directory: str | Path, here: Written, parts: Iterable[tuple[str, Wr
             if found is None or found < size:
                 lacks = "it is not there" if found is None else f"it has {found} bytes there"
                 raise UserError(
-                    f"{directory} is no checkpoint: {rank} on {part.node} wrote {size} bytes of {name}, and for the "
-                    f"driver on {here.node} {lacks}. {NOT_SHARED}; the commits that are there stay valid"
+                    f"{directory} is no checkpoint: {rank} on {part.node} wrote {size} bytes of {name}, and on "
+                    f"{here.node} {lacks}. {NOT_SHARED}; the commits that are there stay valid"
                 )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from learner.commit import begin_checkpoint, commit_checkpoint, prune_checkpoints, read_commit
+from learner.commit import begin_checkpoint, check_written, commit_checkpoint, prune_checkpoints, read_commit, written
 from learner.engine import Engine
 from learner.publish import export
 from learner.reward_training import Progress, Report
@@ -58,14 +58,19 @@ class TrainingFiles:
         export(self._engine, self._tokenizer, self._kept(self._engine.updates_done))
 
     def save(self, progress: Progress) -> None:
-        """Commits where the training stands; earlier checkpoints, and weights that are no longer the best, go."""
+        """Commits where the training stands; earlier checkpoints, and weights that are no longer the best, go.
+
+        UserError: what the ranks wrote is not what rank 0 sees: the directory is not shared.
+        """
         directory = self._work / "checkpoints" / f"step_{progress.updates}.partial"
         if self._engine.rank == 0:
             begin_checkpoint(self._work, progress.updates)
         torch.distributed.barrier()
         self._engine.save(str(directory))
-        torch.distributed.barrier()
+        parts: list[Any] = [None] * self._engine.world_size
+        torch.distributed.all_gather_object(parts, written(directory))
         if self._engine.rank == 0:
+            check_written(directory, ((f"rank {rank}", part) for rank, part in enumerate(parts)))
             commit_checkpoint(directory, {"progress": asdict(progress), "ranks": self._engine.world_size})
             prune_checkpoints(self._work, keep=1)
             best = self._kept(progress.kept.get("updates"))

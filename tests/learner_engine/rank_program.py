@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import learner.commit
 import learner.zero
 from learner.errors import NonFinite
 from learner.publish import BUCKET_BYTES, export, publish
@@ -20,6 +21,7 @@ from learner.reward_examples import Example
 from learner.reward_training import Data
 from learner.scoring_model import ScoringInput
 from learner.worker import LearnerWorker
+from services.errors import UserError
 from services.models import load_tokenizer
 from services.records import Group, PolicyVersion, Score
 
@@ -171,6 +173,17 @@ def reward_model(job: Job, rank: int) -> dict[str, Any]:
     }
 
 
+def apart(job: Job, rank: int) -> dict[str, Any]:
+    """Trains a model that scores, with a directory for each rank, as on machines that share none; what was said."""
+    learner.commit.SEEN_S = 0.0
+    try:
+        return reward_model({**job, "directory": f"{job['directory']}/{rank}"}, rank)
+    except UserError as error:
+        return {"said": str(error)}
+    except RuntimeError:  # the other rank has ended
+        return {}
+
+
 @torch.no_grad()
 def logits_of(worker: LearnerWorker, examples: list[Example]) -> list[Any]:
     """What the training engine says of examples, all of them padded in one batch: of each, a logit an input, or the
@@ -194,6 +207,7 @@ SCENARIOS: dict[str, Callable[[Job, int], dict[str, Any]]] = {
     "skipped": skipped,
     "sft": sft,
     "reward_model": reward_model,
+    "apart": apart,
     "held": held,
 }
 

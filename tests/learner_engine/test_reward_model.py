@@ -134,3 +134,12 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(model_dirs: dict[str, st
     assert len(whole["lines"]) == 10
     ours, theirs = (Path(each["directory"], "model.safetensors").read_bytes() for each in (resumed, whole))
     assert ours == theirs
+
+
+def test_what_a_rank_wrote_elsewhere_is_not_committed(model_dirs: dict[str, str], tmp_path: Path) -> None:
+    job = {**scoring_job(model_dirs["tied"]), "scenario": "apart"}
+    said = run_ranks({"apart": job}, 2, tmp_path)["apart"]["said"]
+    assert "rank 1 on" in said
+    assert "it is not there" in said
+    assert "storage that all nodes of the cluster share" in said
+    assert not list(tmp_path.rglob("COMMITTED"))
