@@ -109,7 +109,8 @@ class ClusterSection(Section):
         default=900.0,
         gt=0,
         description="Longest (s) that a part with work may make no progress (no group finished, no weights loaded, no "
-        "answer) before it is ended and started again. Above the time that the longest responses take.",
+        "answer) before it is ended and started again. Above the time that the longest responses take, and above "
+        "`reward.worker.outage_s`, for which a scoring worker may wait.",
     )
     weights: Literal["files", "collective"] = Field(
         default="files",
@@ -179,6 +180,12 @@ class Config(Section):
             raise ValueError(
                 f"learner.advantage {self.learner.advantage!r} compares the samples of a group: rollout.samples is "
                 f"{self.rollout.samples}, allowed are 2 and more"
+            )
+        outage_s = self.reward.worker.outage_s
+        if self.cluster.progress_s <= outage_s:
+            raise ValueError(
+                f"cluster.progress_s is {self.cluster.progress_s:g}, allowed is more than reward.worker.outage_s "
+                f"({outage_s:g}): a scoring worker that waits for scores would be ended before it may say so"
             )
         return self
 

@@ -122,6 +122,7 @@ def test_all_unknown_keys_are_named_at_once() -> None:
         ("reward.sources.other.kind=oracle", "reward.sources.other: "),
         ("rollout.top_p=0.5", "set truncation to 'replay'"),
         ("rollout.samples=1", "learner.advantage 'rloo'"),
+        ("cluster.progress_s=90", "more than reward.worker.outage_s (120)"),
     ],
 )
 def test_a_value_that_is_not_allowed_names_key_value_and_what_is(override: str, said: str) -> None:
