@@ -246,6 +246,17 @@ def test_a_rank_that_dies_or_does_not_answer_is_the_learners_death(tmp_path: Pat
         crew.train(crew.rank.handle.die)
 
 
+def test_a_rank_that_dies_while_nothing_waits_for_it_is_the_learners_death(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    crew.rank.handle.error = ValueError("what its pulse says is no death")
+    crew.supervisor.check()
+    crew.supervisor.check()
+    crew.rank.handle.die()
+    crew.rank.pulse.asked = 0.0  # a second later
+    with pytest.raises(LearnerDied, match="learner-0 failed: ActorDiedError"):
+        crew.supervisor.check()
+
+
 def test_a_redis_that_is_lost_while_the_learner_trains_is_no_death_of_a_rank(tmp_path: Path) -> None:
     def look() -> None:
         raise StreamLost(waited_for="the ledger's look", who="redis", seconds=30.0)
