@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from rollout.cache_size import BLOCK_SIZE_CPU, cpu_cache_bytes
 from rollout.config import RolloutSection
 from rollout.engine import AttentionRows, Completion, Family, GenerationRequest
+from rollout.places import Places
 from rollout.prepare import sampling_of
 from rollout.refusals import RequestRefused, check_fits, check_keys
 from rollout.sampling import check_sampling, truncates
+from rollout.vllm_capture.capture import UNCLAIMED
 from rollout.vllm_capture.request import extra_args
 from rollout.vllm_in_process import InProcessLLM
 from rollout.vllm_plugin import BACKEND, own_processes
@@ -56,6 +58,8 @@ class VllmEngine:
         self._says_kept_sets = False
         self._numbers = itertools.count()
         self._calling = asyncio.Lock()
+        # The capture holds so many samples' statistics until they are fetched, which is when the last of them is there.
+        self._places = Places(UNCLAIMED * rollout.max_batch_rows)
         self._llm: Any = None
 
     @property
@@ -122,9 +126,10 @@ class VllmEngine:
             offer = read_offer(published)
             seconds = offer.join_s + offer.whole_s + self._section.vllm.call_s
         answers = await self._rpc("attune_load_weights", published, owner, seconds=seconds)
-        if any("refused" in answer for answer in answers):
-            answer = next(answer for answer in answers if "refused" in answer)
-            if answer["torn"]:
+        if refused := [answer for answer in answers if "refused" in answer]:
+            answer = refused[0]
+            # Where some ranks have the new weights and others do not, the policy is neither.
+            if len(refused) < len(answers) or any(each["torn"] for each in refused):
                 self._torn = f"loading {name_of(published)} failed halfway"
             elif self._torn is None:
                 await self._llm.resume_generation()
@@ -143,8 +148,17 @@ class VllmEngine:
             await asyncio.to_thread(self._llm.shutdown)
 
     async def _group(self, request: GenerationRequest) -> list[Completion]:
-        keys = [f"{os.getpid()}-{next(self._numbers)}" for _ in range(request.sampling.samples)]
-        outputs = await asyncio.gather(*(self._sample(request, k, key) for k, key in enumerate(keys)))
+        """A request's samples; where they are more than a full batch, one batch of them after the other."""
+        completions: list[Completion] = []
+        while (first := len(completions)) < request.sampling.samples:
+            count = min(self._section.max_batch_rows, request.sampling.samples - first)
+            async with self._places.taken(count):
+                completions += await self._samples(request, range(first, first + count))
+        return completions
+
+    async def _samples(self, request: GenerationRequest, numbers: range) -> list[Completion]:
+        keys = [f"{os.getpid()}-{next(self._numbers)}" for _ in numbers]
+        outputs = await asyncio.gather(*(self._sample(request, k, key) for k, key in zip(numbers, keys, strict=True)))
         lengths = [len(output.token_ids) for output in outputs]
         fetched = (await self._rpc("attune_capture_pop", keys, lengths))[0]
         self._capture_s = fetched[-1]["capture_s"]

@@ -98,6 +98,8 @@ class CaptureExtension:
             return {"refused": str(error), "kind": type(error).__name__, "torn": False}
         try:
             reload_weights(self.model_runner, tensors)
+        except (Corrupt, FileNotFoundError) as error:  # removed between the look at it and the load, by a newer version
+            return {"refused": str(error), "kind": type(error).__name__, "torn": True}
         except (ValueError, KeyError) as error:
             return {"refused": f"{published}: {error}", "kind": "ValueError", "torn": True}
         return {"version": [manifest.version.incarnation, manifest.version.step]}
