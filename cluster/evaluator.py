@@ -11,14 +11,16 @@ from cluster.evaluate import EvaluationPrompt, evaluate
 from cluster.evaluation_config import EvaluationSection
 from cluster.evaluation_prompts import attention_options, evaluation_prompts
 from cluster.plan import Part
-from cluster.supervise import POLL_S, PartDied, Running, Supervisor, Unanswered
+from cluster.supervise import POLL_S, PartDied, PartFailed, Running, Supervisor, Unanswered
 from cluster.training_data import TrainingData
+from cluster.weight_rounds import ROUNDS
 from rollout.config import RolloutSection
 from rollout.worker import build_oracle
 from services.attention.config import CaptureSection
 from services.attention.options import AttentionOptions
 from services.models import load_tokenizer
 from services.models_config import PolicySection
+from services.transfer.offer import Broken
 
 log = logging.getLogger(__name__)
 
@@ -117,12 +119,14 @@ class Evaluator:
         """Measures the weights that `publish` names: a manifest, or an offer to NAME and the call that serves it.
 
         Where the evaluator dies, or does not answer, another is started, within the budget, and asked from the
-        beginning.
+        beginning; where a transfer to it breaks off, the weights are offered again.
 
         Raises:
-            PartFailed, Deadline: it died too often, could not measure, or did not answer once too often.
+            PartFailed, Deadline: it died too often, could not measure, or did not answer once too often, or the
+                weights did not reach it in ROUNDS transfers.
             PlanError: the cluster had no room for another.
         """
+        broken = 0
         while True:
             try:
                 self._wait_until_up()
@@ -139,6 +143,12 @@ class Evaluator:
                 )[0]
             except (PartDied, Unanswered) as error:
                 self._start_again(error)
+                continue
+            except PartFailed as error:
+                broken += 1
+                if not isinstance(error.__cause__, Broken) or broken == ROUNDS:
+                    raise
+                log.warning("%s; it is offered the weights again", error)
                 continue
             return Evaluation(scalars, value, larger=self._config.evaluation.best_goal == "max")
 

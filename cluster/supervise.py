@@ -134,7 +134,7 @@ class Supervisor:
     planned: dict[str, Part] = field(default_factory=dict[str, Part])
     """By name, what is to be started soon: until then, nothing else is started in its room."""
     on_death: Callable[[str], None] | None = None
-    """Told the name of every rollout actor that has died, before another is started."""
+    """Told the name of every part that weights are sent to when it has died, before another is started."""
     watch: Callable[[], None] = lambda: None
     """Called at each `check`: raises where what is no actor (Redis) has gone for good."""
     _rollouts_ever: int = 0
@@ -272,6 +272,8 @@ class Supervisor:
             self.ray.get(part.handle.pulse.remote(), timeout=0)
         except self.ray.exceptions.ActorDiedError:
             self.others.remove(part)
+            if self.on_death is not None:
+                self.on_death(part.name)
         except Exception as unsettled:  # it is coming up again, or will be asked again
             log.debug("%s: %s", part.name, unsettled)
         if not part.down:
@@ -317,7 +319,7 @@ class Supervisor:
         up = [kept for kept in self.kept if kept.kind == "rollout" and kept.now is not None]
         for kept in up[len(up) - count :] if count > 0 else []:
             part, more = self._vacate(kept)
-            kept.due = 0.0
+            kept.due, kept.worked = 0.0, kept.worked or part.pulse.worked
             log.warning("%s is ended: the cluster has no room for it beside the learner now", part.name)
             self.run_dir.event("part_missing", part=kept.part.name, actor=part.name, **more)
 

@@ -89,8 +89,8 @@ class WeightRounds:
     def serve(self, offer: Offer) -> Report:
         """The transfer that was offered, from the first who joins to the last answer."""
         self._under_way = offer
-        gone = {owner_of(name) for name in offer.receivers} - {part.name for part in self._supervisor.rollouts}
-        for owner in gone & self._ready.keys():  # dead since they were asked whether they are up
+        there = {part.name for part in [*self._supervisor.rollouts, *self._supervisor.others]}
+        for owner in {owner_of(name) for name in offer.receivers} - there:  # dead since they were seen to be up
             self._left(owner)
         try:
             found = self._learners.call("send_weights", what=f"{self._name} to end", seconds=self._seconds)
@@ -127,6 +127,8 @@ class WeightRounds:
         return read_offer(answer)
 
     def _left(self, owner: str) -> None:
-        """A rollout actor has died: the learner need not wait for it."""
-        if self._under_way is not None:
-            withdraw(self._under_way, [name for name in self._under_way.receivers if owner_of(name) == owner])
+        """A part has died: the learner need not wait for it."""
+        if self._under_way is None:
+            return
+        if names := [name for name in self._under_way.receivers if owner_of(name) == owner]:
+            withdraw(self._under_way, names)

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+RESHARDED = "{}.for_{}_ranks"
+"""A commit as so many ranks read it: for as long as they do."""
 SEEN_S = 90.0
 """Seconds after which what another machine has written is seen here: NFS may show a listing that is a minute old."""
 LOOK_EVERY_S = 1.0
@@ -310,8 +312,9 @@ def prune_checkpoints(run_dir: str | Path, keep: int, best: int | None = None) -
 
 
 def clear_unfinished(run_dir: str | Path) -> None:
-    """Removes what a killed run was writing, of any step. Call it where nobody writes a checkpoint."""
-    for path in (Path(run_dir) / "checkpoints").glob("step_*.partial"):
+    """Removes what a killed run was writing, of any step, or cut for other ranks; where no checkpoint is written."""
+    directory = Path(run_dir) / "checkpoints"
+    for path in [*directory.glob("step_*.partial"), *directory.glob(RESHARDED.format("step_*", "*"))]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner.commit import RESHARDED
+
 TAG = "engine"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -28,9 +30,9 @@ def resharded(directory: str | Path, engine: Any, optimizer: Any) -> Iterator[st
     """
     source = Path(directory)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    target = source.with_name(f"{source.name}.for_{ranks}_ranks")
+    target = source.with_name(RESHARDED.format(source.name, ranks))
     if rank == 0:
-        for left_over in source.parent.glob("step_*.for_*_ranks"):  # of ranks that were killed while they read one
+        for left_over in source.parent.glob(RESHARDED.format("step_*", "*")):  # of ranks that were killed as they read
             shutil.rmtree(left_over, ignore_errors=True)
         (target / TAG).mkdir(parents=True)
     torch.distributed.barrier()

@@ -42,6 +42,19 @@ from services.stream.config import StreamSection
 from services.stream.ledger import Ledger, open_ledger
 from services.transfer.sender import Sender
 
+APART_S = 60.0
+"""Seconds by which a rank's own deadline passes before that of the ranks that wait for it in a collective."""
+
+
+def collective_s(cluster: Mapping[str, Any], checkpoint_s: float) -> float:
+    """Longest wait (s) in a collective, for a rank that does something else first, each with a deadline of its own.
+
+    It loads a model, gathers weights or writes a checkpoint; or waits for receivers of weights to come and to form
+    their group. It alone knows whom it waits for, and says so, where the others do not give it up before.
+    """
+    receivers_s = float(cluster["rendezvous_s"]) + 2 * float(cluster["transfer_s"])
+    return max(float(cluster["start_s"]), float(cluster["publish_s"]), receivers_s, checkpoint_s) + APART_S
+
 
 class LearnerWorker:
     """`config` is the whole resolved recipe as a dict, every default in it; `rank` of `world_size`."""
@@ -265,16 +278,13 @@ class LearnerWorker:
         torch.set_num_threads(self.section.threads)
         torch.manual_seed(self._seed)
         self._device = device_of(self.section)
-        # A collective may wait for a rank that loads a model, writes a checkpoint or waits for receivers of weights.
-        waits = [float(self._cluster[key]) for key in ("start_s", "publish_s", "rendezvous_s")]
-        timeout = max(*waits, self.checkpoint.timeout_s)
         join_ranks(
             rank=self.rank,
             world_size=self.world_size,
             address=address,
             port=port,
             device=self._device,
-            timeout_s=timeout,
+            timeout_s=collective_s(self._cluster, self.checkpoint.timeout_s),
         )
 
     def _policy(self, value: ValueKind, *, watched: bool = False) -> PolicyWithValue:

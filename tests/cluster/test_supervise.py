@@ -3,6 +3,7 @@
 Ray is played: an actor answers its pulse, ends the calls that it is told to end, and dies when it is told to.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +18,14 @@ from cluster.files import read_jsonl
 from cluster.learners import LearnerGroup
 from cluster.parts import wait_for_rollouts
 from cluster.plan import Part
+from cluster.pulse import ANSWER_S
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
 from cluster.supervise import VIEW_S, Kept, LearnerDied, PartFailed, Running, Supervisor, Unanswered
 from reward_server.worker import ScoringOutage
 from services.errors import Deadline, PlanError, UserError
 from services.stream.errors import StreamLost
+from services.transfer.offer import Broken
 
 
 class Reference:
@@ -287,6 +290,10 @@ class Measuring:
     def answer(self) -> None:
         self.actor.end_calls(({}, 1.0))
 
+    def break_off(self) -> None:
+        for reference in self.actor.calls:
+            reference.end(error=Broken("bucket 2 of 3: its connection was reset"))
+
     def __call__(self, *script: Callable[[], object]) -> float | None:
         self.crew.script = list(script)
         return self.asked.evaluate(lambda: ("weights", None)).value
@@ -307,6 +314,17 @@ def test_the_evaluator_is_started_again_after_its_own_death_alone(
     assert crew.events().count("evaluator_died") == 1
     assert crew.supervisor.others == [healthy]  # `stop` ends it with the others
     assert not healthy.handle.dead
+
+
+def test_the_evaluator_is_offered_weights_again_whose_transfer_broke_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Measuring(tmp_path, monkeypatch)
+    assert measure(measure.break_off, nothing, measure.break_off, measure.answer) == 1.0
+    with pytest.raises(PartFailed, match="evaluator failed: Broken: bucket 2 of 3"):
+        measure(*[measure.break_off] * 5)
+    assert not measure.crew.script[2:]  # three times
+    assert measure.crew.events() == []
 
 
 def test_an_evaluator_without_room_is_waited_for_and_then_the_run_says_what_is_missing(
@@ -355,6 +373,32 @@ def test_an_evaluator_that_does_not_answer_is_ended_and_started_again(
     with pytest.raises(Unanswered, match="0 s for the evaluation: evaluator did not answer"):
         measure()
     assert stuck.dead
+
+
+def test_who_sends_weights_is_told_of_every_part_that_has_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    measure = Measuring(tmp_path, monkeypatch)
+    measure.crew.supervisor.on_death = told.append
+    measure.crew.lose_rollout()
+    measure.actor.die()
+    measure.crew.supervisor.check()
+    assert told == ["rollout-0", "evaluator"]
+
+
+def test_a_part_that_stands_still_is_ended_and_started_again(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=1)
+    part = crew.supervisor.rollouts[0]
+    stuck = part.handle = part.pulse.handle = Silent()
+    crew.supervisor.check()
+    part.pulse.asked -= ANSWER_S
+    crew.supervisor.check()
+    assert not stuck.dead
+    part.pulse.moved -= 600.0
+    crew.replace()
+    assert stuck.dead
+    assert [part.name for part in crew.supervisor.rollouts] == ["rollout-1"]
+    (died, _) = read_jsonl(crew.run.events)
+    assert died["error"] == "rollout-0 failed: made no progress for 600 s (cluster.progress_s)"
 
 
 def test_a_model_that_ray_takes_long_to_start_again_died_once(tmp_path: Path) -> None:
@@ -481,6 +525,40 @@ def test_a_reservation_holds_its_room_by_itself(tmp_path: Path) -> None:
     crew.supervisor.check()
     crew.supervisor.check()
     assert len(crew.supervisor.rollouts) == 2
+
+
+def test_a_reservation_ends_with_the_ranks_that_it_was_for(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=0)
+    given_back: list[bool] = []
+    reserved: Any = SimpleNamespace(give_back=lambda: given_back.append(crew.rank.handle.dead))
+    crew.supervisor.room = reserved
+    crew.supervisor.stop_learners()
+    crew.supervisor.stop()
+    assert given_back == [True]  # once, and when the ranks were gone
+
+
+def test_room_that_came_back_for_a_while_ends_the_wait_for_room(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=3)
+    for _ in range(2):
+        crew.ray.free = []
+        crew.lose_rollout()
+        crew.replace()
+        crew.supervisor.check_room("rollout", 0.2)
+        time.sleep(0.25)
+        crew.ray.free = [{"CPU": 1.0}]
+        crew.supervisor.check()
+        assert len(crew.supervisor.rollouts) == 1
+
+
+def test_a_rollout_actor_that_made_room_has_shown_that_its_settings_work(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, restarts=1)
+    crew.supervisor.check()
+    crew.supervisor.check()  # it is up
+    crew.supervisor.end_rollouts(1)
+    crew.supervisor.check()
+    crew.actor.calls[0].end(error=UserError("vLLM does not start with policy.model m: no free memory"))
+    crew.replace()
+    assert crew.events() == ["part_missing", "part_started", "rollout_died", "part_started"]
 
 
 def test_rollout_actors_that_sit_where_the_learner_has_to_go_are_ended_and_come_back(tmp_path: Path) -> None:

@@ -177,7 +177,8 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
     commit(tmp_path, 1)
     for step in (1, 2):
         (begin_checkpoint(tmp_path, step) / "engine").mkdir()
-    (tmp_path / "checkpoints" / "step_2.aside").mkdir()
+    for name in ("step_2.aside", "step_1.for_2_ranks"):  # the latter was being read by other ranks than wrote it
+        (tmp_path / "checkpoints" / name).mkdir()
     clear_unfinished(tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_1", "step_2.aside"}
     clear_unfinished(tmp_path / "elsewhere")
