@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from tests.chaos.account import GONE_S, left_behind, prompts_of, times_of
-from tests.chaos.scene import write_recipe
+from tests.chaos.scene import ENGINES, write_recipe
 from tests.chaos.watch import Watch, is_alive, wait_until
 
 # Kind and moment of a death, and how often it stands in the deck.
@@ -62,10 +62,10 @@ COMING_UP_S = 8.0
 
 
 class Chaos:
-    def __init__(self, directory: Path, kills: int, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, kills: int, seed: int, engine: str, say: Callable[[str], None]) -> None:
         self.run = directory / "run"
         self.log = (directory / "driver.log").open("a", encoding="utf-8")
-        self.recipe = write_recipe(directory, 24 + 12 * kills, seed)
+        self.recipe = write_recipe(directory, 24 + 12 * kills, seed, engine)
         self.random = random.Random(seed)
         self.watch = Watch(self.run)
         self.kills = kills
@@ -239,14 +239,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what the rollout actor generates with")
     parser.add_argument("--directory", type=Path, help="where the run is written; a temporary one where it is absent")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="attune-chaos-") as temporary:
         directory = arguments.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
-        chaos = Chaos(directory, arguments.kills, arguments.seed, lambda text: print(text, flush=True))
+        chaos = Chaos(
+            directory, arguments.kills, arguments.seed, arguments.engine, lambda text: print(text, flush=True)
+        )
         try:
-            found = {"seed": arguments.seed, **chaos.go()}
+            found = {"seed": arguments.seed, "engine": arguments.engine, **chaos.go()}
         finally:
             chaos.stop()
     print(json.dumps(found))

@@ -37,6 +37,7 @@ def write_models(directory: Path, texts: list[str]) -> tuple[Path, Path]:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 32,  # the narrowest that vLLM's CPU kernel knows
         "max_position_embeddings": 128,
         **{name: getattr(tokenizer, name) for name in SPECIAL},
     }
@@ -51,8 +52,12 @@ def write_models(directory: Path, texts: list[str]) -> tuple[Path, Path]:
     return directory / "policy", directory / "scorer"
 
 
-def write_recipe(directory: Path, prompts: int, seed: int) -> Path:
-    """The recipe of the run, whose epoch has `prompts` groups, two a step, with a commit every second step."""
+ENGINES = ("transformers", "vllm")
+
+
+def write_recipe(directory: Path, prompts: int, seed: int, engine: str) -> Path:
+    """The recipe of the run: an epoch of `prompts` groups, two a step, with a commit every second step. `engine`, one of
+    ENGINES, is what its rollout actor generates with."""
     rows = questions(prompts)
     source = directory / "questions.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -62,7 +67,7 @@ def write_recipe(directory: Path, prompts: int, seed: int) -> Path:
         "data": {"source": str(source), "validation_fraction": 0.0, "test_fraction": 0.0},
         "salience": {"content": "user"},
         "policy": {"model": str(policy)},
-        "rollout": {"samples": 2, "max_tokens": 8, "actors": 1, "poll_s": 0.02},
+        "rollout": {"engine": engine, "samples": 2, "max_tokens": 8, "actors": 1, "poll_s": 0.02},
         "reward": {
             "sources": {
                 "attention": {"kind": "attention", "preset": "comparable"},

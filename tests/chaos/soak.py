@@ -27,7 +27,7 @@ import yaml
 from redis import Redis
 
 from services.stream.embedded import address_in
-from tests.chaos.scene import write_recipe
+from tests.chaos.scene import ENGINES, write_recipe
 from tests.chaos.watch import Watch, last_row, wait_until
 
 EVERY_S = 10.0
@@ -127,8 +127,8 @@ def judged(series: Series, seconds: float) -> dict[str, dict[str, Any]]:
     return found
 
 
-def soak(directory: Path, hours: float, seed: int) -> dict[str, Any]:
-    recipe = write_recipe(directory, EPOCH, seed)
+def soak(directory: Path, hours: float, seed: int, engine: str) -> dict[str, Any]:
+    recipe = write_recipe(directory, EPOCH, seed, engine)
     tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     tree["run"]["epochs"] = 1000  # ended by a signal, not by its prompts
     tree["checkpoint"]["every"] = 10
@@ -170,12 +170,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.soak", description=__doc__)
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what the rollout actor generates with")
     parser.add_argument("--directory", type=Path, help="where the run is written; a temporary one where it is absent")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="attune-soak-") as temporary:
         directory = arguments.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
-        found = soak(directory, arguments.hours, arguments.seed)
+        found = soak(directory, arguments.hours, arguments.seed, arguments.engine)
     for name, one in found["series"].items():
         verdict = "" if one["flat"] else "GROWS"
         print(f"{name:48} {one['median']:>10} {one['growth']:>+9} {one['percent']:>+7} %  {verdict}")
