@@ -15,8 +15,8 @@ HEAD = """# HTTP API
 
 Written from the reward server's OpenAPI document by `make docs`; [reward-server.md](reward-server.md) explains the
 service, [reward-clients.md](reward-clients.md) has clients. The document is in the repository
-(`docs/openapi/reward_server.json`) and served as `/openapi.json`. Every request but `GET /livez` carries
-`Authorization: Bearer TOKEN`.
+(`docs/openapi/reward_server.json`) and served as `/openapi.json`. Where the
+server has a token or keys, every request but `GET /livez` carries one: `Authorization: Bearer TOKEN`.
 """
 
 LIMITS = {

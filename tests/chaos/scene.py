@@ -56,8 +56,10 @@ ENGINES = ("transformers", "vllm")
 
 
 def write_recipe(directory: Path, prompts: int, seed: int, engine: str) -> Path:
-    """The recipe of the run: an epoch of `prompts` groups, two a step, with a commit every second step. `engine`, one of
-    ENGINES, is what its rollout actor generates with."""
+    """The recipe of the run: an epoch of `prompts` groups, two a step, with a commit every second step.
+
+    `engine`, one of ENGINES, is what its rollout actor generates with.
+    """
     rows = questions(prompts)
     source = directory / "questions.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

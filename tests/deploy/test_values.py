@@ -29,6 +29,7 @@ WRONG = {
         "extraEnv[0].name=MYTOKEN,extraEnv[0].value=x",
         "at '/extraEnv/0': missing property",
     ),
+    "a key of a judge": ("extraEnv[0].name=JUDGE_KEY,extraEnv[0].value=x", "at '/extraEnv/0': missing property"),
     "a secret with an end": ("extraEnv[0].name=SECRET_BASE,extraEnv[0].value=x", "at '/extraEnv/0': missing property"),
     "a password as override": ("overrides[0]=stream.password=x", "at '/overrides/0'"),
     "an override for the shell": ("overrides[0]=run.name=$(id)", "at '/overrides/0': 'run.name=$(id)' does not match"),
