@@ -533,8 +533,9 @@ def test_a_reservation_ends_with_the_ranks_that_it_was_for(tmp_path: Path) -> No
     reserved: Any = SimpleNamespace(give_back=lambda: given_back.append(crew.rank.handle.dead))
     crew.supervisor.room = reserved
     crew.supervisor.stop_learners()
+    assert given_back == [True]  # when the ranks were gone
     crew.supervisor.stop()
-    assert given_back == [True]  # once, and when the ranks were gone
+    assert given_back == [True]  # and not again
 
 
 def test_room_that_came_back_for_a_while_ends_the_wait_for_room(tmp_path: Path) -> None:
