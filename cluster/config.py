@@ -176,10 +176,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
-        if self.learner.advantage in ("rloo", "grpo") and self.rollout.samples < 2:
+        if self.rollout.samples < self.learner.min_ok:
+            compares = (
+                "normalise_advantages 'group'"
+                if self.learner.normalise_advantages == "group"
+                else f"advantage {self.learner.advantage!r}"
+            )
             raise ValueError(
-                f"learner.advantage {self.learner.advantage!r} compares the samples of a group: rollout.samples is "
-                f"{self.rollout.samples}, allowed are 2 and more"
+                f"learner.{compares} compares the samples of a group: rollout.samples is {self.rollout.samples}, "
+                f"allowed are {self.learner.min_ok} and more"
             )
         outage_s = self.reward.worker.outage_s
         if self.cluster.progress_s <= outage_s:
@@ -191,5 +196,5 @@ class Config(Section):
 
     @property
     def min_ok_samples(self) -> int:
-        """Ok samples that a group needs to be trained on (invariant 2): 1 where the advantage needs no group."""
-        return 2 if self.learner.advantage in ("rloo", "grpo") else 1
+        """Ok samples that a group needs to be trained on (invariant 2)."""
+        return self.learner.min_ok

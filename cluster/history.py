@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from cluster.config import Config
 from cluster.run_dir import RunDir
 from learner.commit import Commit, latest_committed, read_commit, set_aside_after
+from learner.config import LearnerSection
 from services.errors import UserError
 from services.records import Failure, epoch_of
 from services.stream.account import Settled
@@ -28,8 +30,13 @@ FIXED = (
     ("data",),
     ("policy",),
     ("rollout", "samples"),
+    ("rollout", "temperature"),
+    ("rollout", "top_p"),
+    ("rollout", "top_k"),
+    ("rollout", "truncation"),
 )
-"""What a resumed run may not change: lease order, batches and the meaning of what is committed hang on it."""
+"""What a resumed run may not change: lease order, batches and the meaning of what is committed, or is not yet and will
+be trained on as it was sampled, hang on it."""
 
 
 class Steps(Mapping[int, list[str]]):
@@ -214,9 +221,24 @@ def _check_recipe(run: RunDir, config: Config) -> None:
                 f"{key}: the run in {run.path} was started with {old!r}, the recipe now says {new!r}; a resumed run "
                 "cannot change it: choose another run directory"
             )
+    old, new = _value_function(before.get("learner")), _value_function(now["learner"])
+    if old is not None and old != new:
+        raise UserError(
+            f"learner: the run in {run.path} was started with value function {old!r}, the recipe now asks for {new!r}; "
+            "a resumed run cannot change it: choose another run directory"
+        )
     changed = sorted(_changed(before, now, ()))
     if changed:
         run.event("recipe_changed", keys=changed)
+
+
+def _value_function(learner: Any) -> str | None:
+    """The value function that is trained, `none` where there is none; None where the section is of another version."""
+    try:
+        section = LearnerSection.model_validate(learner)
+    except ValidationError:
+        return None
+    return section.value_function if section.needs_values else "none"
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:

@@ -126,7 +126,7 @@ def learner_need(shape: Shape, training: Training, base: int) -> Need:
     items = (
         Item("process", base, "host"),
         Item("parameters, partition", own * size, parameters),
-        Item("gradients, partition", own * size, optimizer),
+        Item("gradients, partition", own * FLOAT32, optimizer),
         Item("float32 master, partition", own * FLOAT32, optimizer),
         Item("Adam's moments, partition", own * 2 * FLOAT32, optimizer),
         Item("parameters, gathered", whole * size, lasting=False),

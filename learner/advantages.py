@@ -15,7 +15,7 @@ into the score:  R'_i = R_i - sum_t p_it.
                out the long ones would shift the baseline by selection.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -76,7 +76,10 @@ def estimate(
     finish_length: FinishLength = "bootstrap",
     normalise: Normalisation = "none",
 ) -> Advantages:
-    """Advantages and value targets.
+    """Advantages and value targets, computed in float64 and given in the dtype of the scores.
+
+    In float32 the mean of equal scores may be off by its last bit, which then is their deviation, too: divided by it,
+    advantages would be of the order of 1 where nothing is to be learnt.
 
     none        A = R'
     batch_mean  A = R' - mean over the batch
@@ -88,6 +91,8 @@ def estimate(
 
     A group of one has rloo undefined: ValueError; grpo gives it 0. ValueError: values missing where they are needed.
     """
+    dtype = experience.scores.dtype
+    experience = _doubled(experience)
     mask = experience.mask.bool()
     loss_mask = loss_mask_of(mask, experience.truncated, finish_length)
     values = experience.values
@@ -110,10 +115,23 @@ def estimate(
         groups = experience.groups if normalise == "group" else torch.zeros_like(experience.groups)
         advantages = _normalise(advantages, loss_mask, groups)
     return Advantages(
-        advantages=torch.where(loss_mask, advantages, 0.0),
-        returns=torch.where(value_mask, returns, 0.0),
+        advantages=torch.where(loss_mask, advantages, 0.0).to(dtype),
+        returns=torch.where(value_mask, returns, 0.0).to(dtype),
         value_mask=value_mask,
         loss_mask=loss_mask,
+    )
+
+
+def _doubled(experience: Experience) -> Experience:
+    def double(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.double()
+
+    return replace(
+        experience,
+        scores=experience.scores.double(),
+        penalty=double(experience.penalty),
+        values=double(experience.values),
+        next_values=double(experience.next_values),
     )
 
 

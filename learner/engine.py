@@ -42,6 +42,8 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
 logging.getLogger("DeepSpeed").addFilter(_worth_saying)
 
+ADAM_SETTINGS = ("betas", "eps", "weight_decay")
+
 
 class Engine:
     """A model that is trained. Every method is collective: all ranks call it, in the same order.
@@ -156,9 +158,13 @@ class Engine:
             with resharded(directory, self._engine, self._optimizer) as own:
                 self.load(own, updates_done=updates_done, ranks=self.world_size)
             return
+        # The moments are the checkpoint's, how they are used is the recipe's, which may have changed.
+        settings = [{key: group[key] for key in ADAM_SETTINGS} for group in self._optimizer.param_groups]
         path, _ = self._engine.load_checkpoint(directory, tag="engine", load_lr_scheduler_states=False)
         if path is None:
             raise FileNotFoundError(f"{directory}/engine holds no engine state")
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own)
         self.updates_done = updates_done
 
 

@@ -63,6 +63,14 @@ class KLController:
     kind: Literal["fixed", "adaptive"] = "fixed"
     target: float = 6.0
     horizon: int = 10_000
+    start: float | None = None
+    """What the recipe had the coefficient begin with."""
+
+    def under(self, coef: float, kind: Literal["fixed", "adaptive"], target: float, horizon: int) -> "KLController":
+        """This controller under a recipe that may have changed: its coefficient goes on where it was moved and the
+        recipe still begins with the same one; else it is the recipe's."""
+        goes_on = self.kind == kind == "adaptive" and self.start in (None, coef)
+        return KLController(self.coef if goes_on else coef, kind, target, horizon, coef)
 
     def update(self, kl: float, samples: int) -> "KLController":
         """The controller after a step of `samples` samples whose mean KL was `kl`."""

@@ -8,6 +8,7 @@ advantages, metrics) is computed on every rank alike.
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -47,6 +48,8 @@ from learner.standardise import RunningStandardiser
 from services.attention.capture import Recorder
 from services.records import Group
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -70,7 +73,12 @@ class TrainerState:
     @classmethod
     def start(cls, section: LearnerSection) -> "TrainerState":
         kl = section.kl
-        return cls(RunningStandardiser(), KLController(kl.coef, kl.controller, kl.target, kl.horizon))
+        return cls(RunningStandardiser(), KLController(kl.coef, kl.controller, kl.target, kl.horizon, kl.coef))
+
+    def under(self, section: LearnerSection) -> "TrainerState":
+        """A state that was committed, under the recipe as it is now."""
+        kl = section.kl
+        return replace(self, controller=self.controller.under(kl.coef, kl.controller, kl.target, kl.horizon))
 
     def to_dict(self) -> dict[str, Any]:
         return {"standardiser": json.loads(self.standardiser.to_json()), "controller": asdict(self.controller)}
@@ -127,7 +135,7 @@ def train_step(
     try:
         batch = batch_of(groups, replay=rules.replay)
     except BadBatch as problem:
-        return _left_out(_in_step(step, problem), {}, before, section)
+        return _left_out(_in_step(step, problem), {}, before, section, step)
     drift = {} if recorder is None else _drift(engine, recorder, batch, step, rules)
     ref_logprobs, values, next_values = _before(engine, reference, batch, rules)
     seen = {
@@ -141,7 +149,7 @@ def train_step(
     try:
         check_batch(batch, kl, section.bad_batch, rules.finish_length)
     except BadBatch as problem:
-        return _left_out(_in_step(step, problem), seen, before, section)
+        return _left_out(_in_step(step, problem), seen, before, section, step)
     state = replace(state, standardiser=_taken(section, state.standardiser, batch.rewards))
     coef = 0.0 if section.kl.place == "none" else state.controller.coef
     penalty = kl_penalty(batch.behaviour, ref_logprobs, batch.mask, coef) if section.kl.place == "reward" else None
@@ -161,14 +169,20 @@ def train_step(
         "policy/lr": engine.learning_rate("policy"),
         **({} if values is None else {"value/lr": engine.learning_rate("value")}),
     }
+    done = engine.updates_done
+    after = replace(state, controller=state.controller.update(kl, len(batch.samples)))
     try:
         updates, entropy = _updates(engine, batch, targets, step, rules)
     except BadBatch as problem:
-        return _left_out(problem, seen, before, section)
+        if engine.updates_done == done:
+            return _left_out(problem, seen, before, section, step)
+        made = engine.updates_done - done
+        problem = type(problem)(f"{problem}; updates that it had made before and that stay: {made}")
+        return _left_out(problem, seen, after, section, step)
     return StepResult(
-        metrics={**seen, "policy/skipped": 0.0, **updates},
+        metrics=_finite({**seen, "policy/skipped": 0.0, **updates}, step),
         samples=sample_figures(batch, advantages, ref_logprobs, values, entropy),
-        state=replace(state, controller=state.controller.update(kl, len(batch.samples))),
+        state=after,
     )
 
 
@@ -177,12 +191,25 @@ def _in_step(step: int, problem: BadBatch) -> BadBatch:
     return type(problem)(f"step {step}: {problem}")
 
 
-def _left_out(problem: BadBatch, seen: dict[str, float], before: TrainerState, section: LearnerSection) -> StepResult:
-    """A step without an update: the state is that before it. Raises the problem where the recipe stops at one."""
+def _left_out(
+    problem: BadBatch, seen: dict[str, float], state: TrainerState, section: LearnerSection, step: int
+) -> StepResult:
+    """A step that was given up: `state` is that before it, or, where it had made updates, after it.
+
+    Raises the problem where the recipe stops at one.
+    """
     if section.bad_batch.action == "stop":
         raise problem
-    finite = {name: value for name, value in seen.items() if math.isfinite(value)}
-    return StepResult({**finite, "policy/skipped": 1.0}, {}, before, str(problem))
+    return StepResult(_finite({**seen, "policy/skipped": 1.0}, step), {}, state, str(problem))
+
+
+def _finite(metrics: dict[str, float], step: int) -> dict[str, float]:
+    """Those that are finite. A loss that is not has stopped the update; a figure may be, of a sample that it is clipped
+    at, and has no place among numbers."""
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    if missing := sorted(metrics.keys() - finite.keys()):
+        log.warning("step %d: not finite, and left out of its metrics: %s", step, ", ".join(missing))
+    return finite
 
 
 def _drift(engine: Engine, recorder: Recorder, batch: Batch, step: int, rules: Rules) -> dict[str, float]:
@@ -310,7 +337,7 @@ def _updates(
                 norms.append(engine.update())
             except NonFinite as problem:
                 raise NonFinite(f"step {step}, epoch {epoch}, minibatch {number}: {problem}") from problem
-    metrics = _summary(engine, totals, ratio_max, first_error, norms, step)
+    metrics = _summary(engine, totals, ratio_max, first_error, norms)
     (entropy,) = add_over_ranks([entropy])
     return metrics, entropy.cpu()
 
@@ -382,7 +409,7 @@ def _micro_losses(
 
 
 def _summary(
-    engine: Engine, totals: dict[str, Tensor], ratio_max: Tensor, first_error: Tensor, norms: list[float], step: int
+    engine: Engine, totals: dict[str, Tensor], ratio_max: Tensor, first_error: Tensor, norms: list[float]
 ) -> dict[str, float]:
     """The updates' metrics over all ranks: losses are means over updates, the rest means over tokens."""
     names = sorted(totals)
@@ -391,7 +418,7 @@ def _summary(
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     whole = dict(zip(names, added, strict=True))
     tokens = max(1.0, whole.pop("tokens"))
-    metrics = {
+    return {
         "policy/ratio_mean": whole.pop("ratio") / tokens,
         "policy/ratio_max": float(largest[0]),
         # |log ratio| of unchanged weights: 0 up to rounding where rollout and learner agree (invariant 7).
@@ -402,7 +429,3 @@ def _summary(
         "policy/updates": float(engine.updates_done),
         **{name: value / len(norms) for name, value in whole.items()},
     }
-    if not all(torch.isfinite(torch.tensor(list(metrics.values())))):
-        bad = sorted(name for name, value in metrics.items() if not torch.isfinite(torch.tensor(value)))
-        raise NonFinite(f"step {step}: {', '.join(bad)} is not finite")
-    return metrics

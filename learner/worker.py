@@ -110,7 +110,7 @@ class LearnerWorker:
         # Always from the model that the recipe names, so that a resumed run measures its KL from the same place.
         self._reference = Reference(self._policy("none"), self.section, device=self._device)
         if resume is not None:
-            self.trainer = load_checkpoint(self._engine, resume)
+            self.trainer = load_checkpoint(self._engine, resume).under(self.section)
         return {
             "parameters": sum(int(getattr(p, "ds_numel", p.numel())) for p in policy.lm.parameters()),
             "device": self._device,

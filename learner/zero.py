@@ -106,6 +106,8 @@ def deepspeed_config(section: LearnerSection, parameters: int, *, trained: bool)
         "gradient_accumulation_steps": 1,
         "gradient_clipping": section.grad_clip,
         "bf16": {"enabled": section.dtype == "bfloat16"},
+        # In bfloat16 a sum over micro-batches stops to grow at 256 of them.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,

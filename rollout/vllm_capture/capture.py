@@ -5,7 +5,7 @@ and keys (`attend_layer`), and the engine fetches statistics by key (`pop`). It 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -147,6 +147,15 @@ class Capture:
         for source, destination in pairs:
             for keys in self._shadow:
                 keys[destination * size : (destination + 1) * size] = keys[source * size : (source + 1) * size]
+
+    def resume(self, ids: Iterable[str]) -> None:
+        """These requests come back into the batch in the coming step, perhaps without having been away for one.
+
+        What is computed of them then is in the cache, by new weights where these were the reason, and is read from it.
+        """
+        for id in ids:
+            if (held := self._held.get(id)) is not None:
+                self._leave(held)
 
     def finish(self, ids: Sequence[str]) -> None:
         """These requests compute no more tokens; their statistics stay until they are fetched."""

@@ -66,6 +66,7 @@ def observe_steps(runner: Any, capture: Capture) -> Callable[[], None]:
 
     def observed(scheduler_output: Any) -> Any:
         capture.finish(list(scheduler_output.finished_req_ids))
+        capture.resume(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
         if scheduler_output.kv_cache_block_copies:
             capture.copy_blocks(scheduler_output.kv_cache_block_copies)
         deferred = update_states(scheduler_output)

@@ -286,6 +286,8 @@ def test_a_path_that_is_no_checkpoint_is_refused(run: RunDir) -> None:
         ({"run": {"seed": 4}}, "run.seed: .* was started with 3, the recipe now says 4"),
         ({"run": {"groups_per_step": 8}}, "run.groups_per_step: .* was started with 2, the recipe now says 8"),
         ({"rollout": {"samples": 2}}, "rollout.samples: .* was started with 4, the recipe now says 2"),
+        ({"rollout": {"temperature": 0.5}}, "rollout.temperature: .* started with 1.0, the recipe now says 0.5"),
+        ({"learner": {"advantage": "grpo"}}, "learner: .* with value function '.*', the recipe now asks for 'none'"),
         ({"data": {"limit": 9}}, "data: "),
         ({"data": {"template_options": {"day": "1"}}}, "data: "),
         ({"policy": {"model": "models/other"}}, "policy: .*models/start.*models/other"),

@@ -156,3 +156,20 @@ def test_values_that_are_missing_are_named(estimator: Estimator) -> None:
     )
     with pytest.raises(ValueError, match="needs values"):
         estimate(e, estimator)
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.3, 0.7, 0.9, 1e-3, 123.4])
+@pytest.mark.parametrize("sizes", [(8,), (3, 5), (7, 16, 2)])
+@pytest.mark.parametrize("normalise", ["none", "group", "batch"])
+def test_groups_whose_rewards_are_alike_teach_nothing_in_float32(
+    reward: float, sizes: tuple[int, ...], normalise: Normalisation
+) -> None:
+    """In float32 the mean of eight times 0.3 is off by its last bit, which would be the deviation as well."""
+    rows = sum(sizes)
+    groups = torch.tensor([group for group, size in enumerate(sizes) for _ in range(size)])
+    mask = torch.arange(7)[None, :] < (torch.arange(rows) % 7 + 1)[:, None]
+    experience = Experience(torch.full((rows,), reward), mask, groups, torch.zeros(rows, dtype=torch.bool))
+    for estimator in ("grpo", "rloo", "batch_mean"):
+        found = estimate(experience, estimator, normalise=normalise).advantages
+        assert found.dtype == torch.float32
+        assert found.abs().max() < 1e-4

@@ -50,6 +50,18 @@ def test_penalty_and_sum_a_response_ignore_padding_and_have_no_gradient() -> Non
     assert kl_per_sequence(logprobs, ref, mask).item() == pytest.approx(-0.5)
 
 
+def test_a_controller_goes_on_unless_the_recipe_says_otherwise() -> None:
+    moved = KLController(0.1, "adaptive", 6.0, 100, start=0.1).update(60.0, 50)
+    assert moved.coef == pytest.approx(0.11)
+    assert moved.under(0.1, "adaptive", 6.0, 100) == moved
+    assert moved.under(0.1, "adaptive", 3.0, 200) == KLController(moved.coef, "adaptive", 3.0, 200, start=0.1)
+    assert moved.under(0.3, "adaptive", 6.0, 100) == KLController(0.3, "adaptive", 6.0, 100, start=0.3)
+    assert moved.under(0.1, "fixed", 6.0, 100) == KLController(0.1, "fixed", 6.0, 100, start=0.1)
+    fixed = KLController(0.05, start=0.05)
+    assert fixed.under(0.3, "fixed", 6.0, 10_000).coef == 0.3
+    assert fixed.under(0.05, "adaptive", 6.0, 100) == KLController(0.05, "adaptive", 6.0, 100, start=0.05)
+
+
 def test_adaptive_controller() -> None:
     start = KLController(coef=0.2, kind="adaptive", target=6.0, horizon=1000)
     assert start.update(6.0, 64).coef == pytest.approx(0.2)

@@ -150,6 +150,7 @@ def batch(directory: str, step: int, *, groups: int = 4, samples: int = 3, tempe
 
 
 MINIBATCHES = {"epochs": 2, "minibatches": 2}
+SKIP = {"action": "skip"}
 STATEFUL = {
     "advantage": "gae",
     "value_function": "separate",
@@ -339,7 +340,19 @@ def two_rank_jobs(model_dirs: dict[str, str], root: Path) -> dict[str, dict[str,
         "valued_resumed": {
             **job_of(model_dirs["tied"], 3, **valued), "first": 1, "resume": str(root / "valued" / "saved"),
         },
+        "decayed": {
+            **job_of(model_dirs["tied"], 3, **MINIBATCHES, weight_decay=0.5),
+            "first": 2, "resume": str(root / "tied" / "saved"),
+        },
         "poisoned": {**job_of(model_dirs["tied"], 1), "scenario": "poisoned"},
+        "figures": {
+            **job_of(model_dirs["tied"], 1, objective="policy_gradient", baseline="batch_mean", bad_batch=SKIP),
+            "scenario": "figures",
+        },
+        "partly": {
+            **job_of(model_dirs["tied"], 1, **MINIBATCHES, standardise_rewards="running", bad_batch=SKIP),
+            "scenario": "partly",
+        },
         "skipped": {
             **job_of(model_dirs["tied"], 5, **MINIBATCHES, bad_batch={"action": "skip", "flat_limit": 0.9}),
             "scenario": "skipped",

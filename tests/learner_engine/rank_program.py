@@ -125,6 +125,28 @@ def skipped(job: Job, rank: int) -> dict[str, Any]:
     }
 
 
+def figures(job: Job, rank: int) -> dict[str, Any]:
+    """A batch whose ratio is infinite, under an objective that has no ratio in it; and what is trained by it."""
+    worker = worker_of(job, rank)
+    worker.setup(job["address"], job["port"], None, None)
+    return {**worker.train_on(7, poison(groups_of(job, 0))), "updates": worker.engine.updates_done}
+
+
+def partly(job: Job, rank: int) -> dict[str, Any]:
+    """Batches with a bad sample, in steps whose first minibatch does not have it: updates are made before it is met."""
+    worker = worker_of(job, rank)
+    worker.setup(job["address"], job["port"], None, None)
+    for step in range(7, 27):
+        before, done = worker.trainer, worker.engine.updates_done
+        result = worker.train_on(step, poison(groups_of(job, 0)))
+        updates = worker.engine.updates_done - done
+        taken = worker.trainer.standardiser.count - before.standardiser.count
+        if updates:
+            break
+        assert worker.trainer == before
+    return {**result, "step": step, "updates": updates, "taken": taken}
+
+
 def held(job: Job, rank: int) -> dict[str, Any]:
     """Bytes of what DeepSpeed holds after a step, by what it is; the names are those of `cluster.memory`."""
     worker = worker_of(job, rank)
@@ -205,6 +227,8 @@ SCENARIOS: dict[str, Callable[[Job, int], dict[str, Any]]] = {
     "train": train,
     "poisoned": poisoned,
     "skipped": skipped,
+    "figures": figures,
+    "partly": partly,
     "sft": sft,
     "reward_model": reward_model,
     "apart": apart,

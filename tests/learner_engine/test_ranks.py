@@ -163,6 +163,30 @@ def test_a_bad_batch_that_is_skipped_leaves_no_trace(two_ranks: Any) -> None:
     assert_equal(weights(result), weights(two_ranks["tied"]))
 
 
+def test_a_figure_that_is_not_finite_is_left_out_of_a_step_that_was_trained(two_ranks: Any) -> None:
+    result = two_ranks["figures"]
+    assert (result["bad"], result["updates"], result["metrics"]["policy/skipped"]) == (None, 1, 0.0)
+    assert all(math.isfinite(value) for value in result["metrics"].values())
+    assert "policy/loss" in result["metrics"]
+    assert not {"policy/ratio_mean", "policy/ratio_max"} & result["metrics"].keys()
+
+
+def test_a_step_that_is_given_up_after_an_update_says_so_and_keeps_what_it_took(two_ranks: Any) -> None:
+    result = two_ranks["partly"]
+    assert result["bad"].startswith(f"step {result['step']}, epoch 0, minibatch 1: the gradient")
+    assert result["bad"].endswith("; updates that it had made before and that stay: 1")
+    assert (result["updates"], result["taken"]) == (1, 11)  # rewards of the batch, in the running standardisation
+
+
+def test_a_resumed_run_trains_with_the_optimisers_settings_of_its_recipe(two_ranks: Any) -> None:
+    """One step of four updates at 1e-3: weights that are decayed by a half a unit of it are a 500th smaller each."""
+    decayed, plain = (two_ranks[name]["steps"][-1]["metrics"] for name in ("decayed", "resumed"))
+    assert decayed["policy/updates"] < plain["policy/updates"]
+    whole = torch.load(two_ranks["resumed"]["weights"])
+    name = "lm.model.layers.0.mlp.up_proj.weight"
+    assert weights(two_ranks["decayed"])[name].norm() < whole[name].norm() * 0.999
+
+
 def test_fine_tuning_equals_a_plain_loop(two_ranks: Any, model_dirs: dict[str, str], sft_case: Any) -> None:
     """Clipping, schedule, accumulation and the sum over ranks, against torch alone with transformers' own logits."""
     from learner.microbatch import plan_epoch

@@ -167,7 +167,6 @@ def test_a_recipe_that_truncates_does_not_start_where_no_prompt_could_be_generat
     assert llm.ended
 
 
-@pytest.mark.parametrize(("own", "longest"), [(None, 96), (40, 40), (200, 96)])
 class TwoRanks(NoLLM):
     """A vLLM of two ranks, each with an answer of its own to new weights."""
 
@@ -220,6 +219,7 @@ def test_weights_that_one_rank_alone_took_are_not_generated_with(
     asyncio.run(told())
 
 
+@pytest.mark.parametrize(("own", "longest"), [(None, 96), (40, 40), (200, 96)])
 def test_a_context_shorter_than_the_models_bounds_prompts_before_vllm_sees_them(
     tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch, own: int | None, longest: int
 ) -> None:
@@ -253,7 +253,7 @@ def test_the_context_given_to_vllm_bounds_no_other_engine(tiny_decoder: Path) ->
 def roomy(ray_session: str, policy: PolicySection) -> Iterator[Host]:
     """Prefixes stay cached, prompts are prefilled whole; the last layer is captured."""
     del ray_session
-    section = RolloutSection(engine="vllm", max_batch_rows=ROOMY)
+    section = RolloutSection(engine="vllm", max_batch_rows=ROOMY, vllm=VllmSection(weight_sync="keep"))
     host = Host(policy, CaptureSection(last_layers=1), section)
     yield host
     host.kill()
@@ -426,6 +426,16 @@ def test_weights_that_are_removed_while_they_are_loaded_leave_no_policy_until_th
     assert_is_recomputed(policy, 1, REQUESTS[:2], roomy.call("generate", REQUESTS[:2]))
 
 
+def test_new_weights_in_mid_generation_of_samples_that_share_their_prompts_blocks(
+    roomy: Host, policy: PolicySection, tmp_path: Path
+) -> None:
+    """All come back in the step in which they went: the first computes the prompt's blocks, the others find them."""
+    manifest = published(policy, tmp_path, 8, lambda tensor: tensor * 1.05)
+    requests = [prompt(100, 5, samples=4, max_tokens=400)]
+    groups = roomy.call("generate_while_loading", requests, manifest, 0.4)
+    assert_is_of_both(policy, changed_policy(policy, manifest, tmp_path), 1, 8, requests, groups)
+
+
 def test_new_weights_between_responses(roomy: Host, policy: PolicySection, tmp_path: Path) -> None:
     manifest = published(policy, tmp_path, 4, lambda tensor: tensor * 1.02)
     assert roomy.call("load", manifest) == PolicyVersion(1, 4)
@@ -440,12 +450,23 @@ def test_new_weights_in_mid_generation(cramped: Host, policy: PolicySection, tmp
     manifest = published(policy, tmp_path, 9, lambda tensor: tensor * 1.05)
     requests = [prompt(length, length, samples=2, max_tokens=300) for length in (3, 40, 90)]
     groups = cramped.call("generate_while_loading", requests, manifest, 0.4)
-    old = TransformersEngine(policy, CaptureSection(last_layers=3))
-    new = TransformersEngine(changed_policy(policy, manifest, tmp_path), CaptureSection(last_layers=3))
+    assert_is_of_both(policy, changed_policy(policy, manifest, tmp_path), 3, 9, requests, groups)
+
+
+def assert_is_of_both(
+    policy: PolicySection,
+    changed: PolicySection,
+    layers: int,
+    step: int,
+    requests: Sequence[GenerationRequest],
+    groups: Sequence[Sequence[Completion]],
+) -> None:
+    """Of the policy up to the version of a step, of the changed one from there on; some responses cross it."""
+    old, new = (TransformersEngine(each, CaptureSection(last_layers=layers)) for each in (policy, changed))
     crossed = 0
     for asked, group in zip(requests, groups, strict=True):
         for completion in group:
-            boundary = sum(span[2] for span in completion.versions if span[:2] != (1, 9))
+            boundary = sum(span[2] for span in completion.versions if span[:2] != (1, step))
             crossed += 0 < boundary < len(completion.response_ids)
             for engine, span in ((old, slice(0, boundary)), (new, slice(boundary, None))):
                 expected = asyncio.run(
