@@ -101,7 +101,9 @@ class Answering:
                     work = (
                         compute()
                         if key is None
-                        else self._repeats.answer(allowance.name, request.url.path, key, body, compute)
+                        else self._repeats.answer(
+                            allowance.name, request.url.path, key, query_of(request) + body, compute
+                        )
                     )
                     answered = await while_connected(request, work)
         except TimeoutError:
@@ -184,6 +186,11 @@ def for_adapters(refusal: Refusal) -> Refusal:
     error = refusal.body.error
     headers = {"Retry-After": "1", **refusal.headers}
     return Refusal(503, error.code, error.message, refusal.body.detail, headers)
+
+
+def query_of(request: Request) -> bytes:
+    """The query, which may name sources or the form of the answer, and a byte that is in none."""
+    return request.url.query.encode() + b"\n"
 
 
 def deadline_s(request: Request) -> float | None:

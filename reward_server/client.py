@@ -21,6 +21,8 @@ from pydantic import ValidationError
 from reward_server.schema import ErrorResponse, Item, Result, RewardRequest, RewardResponse
 
 LONGEST_PAUSE_S = 5.0
+LONGEST_ASKED_S = 120.0
+"""A pause that a server asks for is kept up to this; limits by the minute ask for 60 s at most."""
 T = TypeVar("T")
 
 
@@ -249,8 +251,9 @@ class SyncRewardClient:
 
 def pause_s(attempt: int, backoff_s: float, asked_s: float | None = None) -> float:
     """Seconds before try `attempt + 1`: what the server asked for, else doubling up to 5 s; with jitter of a half."""
-    longest = min(asked_s if asked_s is not None else backoff_s * 2 ** min(attempt, 16), LONGEST_PAUSE_S)
-    return longest * random.uniform(0.5, 1.0) if asked_s is None else longest * random.uniform(1.0, 1.5)
+    if asked_s is not None:
+        return min(asked_s, LONGEST_ASKED_S) * random.uniform(1.0, 1.2)
+    return min(backoff_s * 2 ** min(attempt, 16), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
 
 
 def retry_after(response: httpx.Response) -> float | None:

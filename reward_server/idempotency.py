@@ -45,21 +45,21 @@ class Repeats:
         self._bytes = 0
 
     async def answer(
-        self, who: str, route: str, key: str, body: bytes, compute: Callable[[], Awaitable[Answered]]
+        self, who: str, route: str, key: str, asked: bytes, compute: Callable[[], Awaitable[Answered]]
     ) -> Answered:
-        """The answer to the key: known, being computed for another, or computed now.
+        """The answer to the key: known, being computed for another, or computed now. `asked`: what must be the same.
 
         Whoever waits may be cancelled; the computation is cancelled with the last of them.
         """
         self._forget(time.monotonic())
         place = (who, route, key)
-        digest = hashlib.sha256(body).digest()
+        digest = hashlib.sha256(asked).digest()
         entry = self._entries.get(place)
         if entry is None:
             entry = _Entry(digest, asyncio.create_task(_run(compute)))
             self._entries[place] = entry
         elif entry.digest != digest:
-            raise header_refusal(HEADER, "this key came with another body before", "idempotency_key_reused")
+            raise header_refusal(HEADER, "this key came with another body or query before", "idempotency_key_reused")
         else:
             self._metrics.repeated.inc()
         entry.waiting += 1

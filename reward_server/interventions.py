@@ -24,6 +24,7 @@ from starlette.requests import Request
 from reward_server.keys import Allowance
 from reward_server.problems import Refusal, refusal_of
 from services.errors import UserError
+from services.lines import ends_its_line
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ class InterventionFile:
         with self._lock:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                if not ends_its_line(self.path):  # what is appended would be a part of it
+                    raise UserError(f"reward.interventions: the last line of {self.path} has no end: end or remove it")
                 _append(self.path, line.encode())
             except OSError as error:
                 raise UserError(f"reward.interventions: cannot write {self.path}: {error.strerror}") from error

@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.errors import UserError
+from services.lines import ends_its_line
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,9 @@ def make_key(
         raise UserError(f"{problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
     try:
         path.touch(mode=0o600)
+        begin = "" if ends_its_line(path) else "\n"  # somebody's editor left the last line open
         with path.open("a", encoding="utf-8") as file:
-            file.write(key.model_dump_json(exclude_none=True) + "\n")
+            file.write(f"{begin}{key.model_dump_json(exclude_none=True)}\n")
     except OSError as error:
         raise UserError(f"cannot write the keys file {path}: {error.strerror}") from error
     return secret

@@ -8,6 +8,7 @@ on the processor leaves the event loop to others.
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -69,13 +70,22 @@ def revision_of(source: SourceSection, **more: Any) -> str:
 
 @dataclass(frozen=True)
 class FunctionScorer:
-    """A source that is a pure function of one item, run in a thread."""
+    """A source that is a pure function of one item, run in a thread, which ends after the item in hand where nobody
+    waits for it any more."""
 
     revision: str
     function: Callable[[Item], Scored]
 
     async def score(self, items: Sequence[Item]) -> Sequence[Scored]:
-        return await asyncio.to_thread(lambda: [self._score_one(item) for item in items])
+        gone = threading.Event()
+
+        def score() -> list[Scored]:
+            return [self._score_one(item) for item in items if not gone.is_set()]
+
+        try:
+            return await asyncio.to_thread(score)
+        finally:
+            gone.set()
 
     def _score_one(self, item: Item) -> Scored:
         try:

@@ -4,6 +4,7 @@ The adapter of a model runner tells it what a step computes (`begin`), the hooks
 and keys (`attend_layer`), and the engine fetches statistics by key (`pop`). It knows no vLLM.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -119,7 +120,10 @@ class Capture:
         self._copied_block_size = copied_block_size
         self._reduce = reduce
         self._slots = Slots(layers, dtype, most=most_requests, longest=longest)
-        self._shadow = [torch.zeros((paged_tokens, layer.key_heads, layer.width), dtype=dtype) for layer in layers]
+        # Keys that were cached before the capture began were not seen: no numbers, so that such a sample fails by name.
+        self._shadow = [
+            torch.full((paged_tokens, layer.key_heads, layer.width), math.nan, dtype=dtype) for layer in layers
+        ]
         self._held: dict[str, _Held] = {}
         self._dense: dict[int, _Held] = {}
         self._by_key: dict[str, _Held] = {}

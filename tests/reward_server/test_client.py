@@ -15,7 +15,7 @@ import pytest
 
 from cluster.cli import run_command
 from reward_server import trainers
-from reward_server.client import RewardClient, RewardRefused, RewardUnavailable, SyncRewardClient
+from reward_server.client import RewardClient, RewardRefused, RewardUnavailable, SyncRewardClient, pause_s
 from reward_server.config import RewardSection
 from reward_server.rewardbench import count_pairs
 from reward_server.schema import Component, ErrorCode, Item, Result, failed_component
@@ -270,3 +270,9 @@ def test_a_subset_without_a_scored_pair_has_no_accuracy() -> None:
     failed = Result(id="a", status="failed", reward=None, components={}, error=failed_component(ErrorCode.MISSING_RESPONSE, "").error)  # noqa: E501  # fmt: skip
     figures = count_pairs(["s"], [failed, failed])
     assert figures.plain()["subset/s"]["accuracy"] is None
+
+
+def test_a_server_is_given_the_pause_that_it_asks_for_within_reason() -> None:
+    assert 60.0 <= pause_s(0, 0.2, 60.0) <= 72.0
+    assert pause_s(0, 0.2, 1e9) <= 144.0
+    assert all(0.1 <= pause_s(0, 0.2) <= 0.2 and 2.5 <= pause_s(30, 0.2) <= 5.0 for _ in range(20))

@@ -122,6 +122,10 @@ def test_the_file_is_only_appended_to_and_servers_share_it(tmp_path: Path) -> No
     with (tmp_path / "i.jsonl").open("ab") as file:
         file.write(b'{"text": "half')
     assert one.read() == second
+    before = (tmp_path / "i.jsonl").read_bytes()
+    with pytest.raises(UserError, match="has no end"):
+        one.add("third")
+    assert (tmp_path / "i.jsonl").read_bytes() == before
 
 
 def test_many_at_once_are_all_kept(tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ def test_the_command_prints_a_key_once_and_keeps_its_hash(tmp_path: Path, capsys
     assert "name:" in capsys.readouterr().err
 
 
+def test_a_key_is_added_to_a_file_whose_last_line_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    first = make_key(path, "first")
+    path.write_text(path.read_text().rstrip("\n"))
+    second = make_key(path, "second")
+    assert [key.name for key in load_keys(path)] == ["first", "second"]
+    with serve(path) as client:
+        for key in (first, second):
+            assert client.post("/v1/rewards", json=BODY, headers=bearer(key)).status_code == 200
+
+
 def test_every_key_and_the_token_count_as_bearer_and_as_password(keys: Any) -> None:
     path, secrets = keys
     with serve(path, token="the-token") as client:

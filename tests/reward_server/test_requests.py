@@ -172,6 +172,8 @@ def test_the_same_key_with_another_body_is_refused() -> None:
             other = await asking(client, {"items": []}, Idempotency_Key="k")
             assert (other.status_code, other.json()["error"]["code"]) == (422, "invalid_request")
             assert other.json()["detail"][0]["type"] == "idempotency_key_reused"
+            other = await asking(client, ONE, "/v1/rewards?sources=another", Idempotency_Key="k")
+            assert other.json()["detail"][0]["type"] == "idempotency_key_reused"
             assert reward(await asking(client, Idempotency_Key="k")) == 1.0
             for wrong in ("", "x" * 256, "a\tb"):
                 answer = await asking(client, Idempotency_Key=wrong)

@@ -16,7 +16,7 @@ from reward_server.combination import combine
 from reward_server.config import RewardSection
 from reward_server.replicas import NoReplica, ReplicaLost
 from reward_server.schema import Component, ErrorCode, Item, failed_component
-from reward_server.scorers.base import Scored
+from reward_server.scorers.base import FunctionScorer, Scored, ok
 from reward_server.sources_config import AttentionSource, SourceBase
 from services.attention.options import AttentionOptions
 from services.errors import UserError
@@ -128,6 +128,24 @@ def test_numeric_match(serving: Any, source: Any, response: Any, reference: Any,
 )
 def test_pattern(serving: Any, source: Any, response: Any, expected: Any) -> None:
     assert value_of(serving, {"kind": "pattern", **source}, response=response) == expected
+
+
+def test_scoring_that_nobody_waits_for_ends_after_the_item_in_hand() -> None:
+    begun: list[str] = []
+
+    def slowly(item: Item) -> Scored:
+        begun.append(item.id)
+        time.sleep(0.1)
+        return ok(1.0, {})
+
+    async def leave() -> None:
+        items = [Item(id=str(i), prompt="p", response="r") for i in range(50)]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(FunctionScorer("r", slowly).score(items), 0.25)
+        await asyncio.sleep(0.5)
+
+    asyncio.run(leave())
+    assert 1 <= len(begun) <= 5
 
 
 def test_a_pattern_that_backtracks_fails_the_item_in_time(serving: Any) -> None:

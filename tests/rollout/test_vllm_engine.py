@@ -536,7 +536,7 @@ if __name__ == "__main__":
 class OwnVllm:
     """A vLLM of the user's own, by the code that docs/attention-capture.md shows."""
 
-    def run(self, code: str, model: str, prompts: list[list[int]]) -> tuple[list[Any], list[Any]]:
+    def run(self, code: str, model: str, prompts: list[list[int]]) -> tuple[list[Any], list[Any], list[Any]]:
         import os
 
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -553,13 +553,19 @@ class OwnVllm:
         llm.collective_rpc("attune_capture_start")
         llm.reset_prefix_cache()
         with_capture = llm.generate(inputs, sampling, use_tqdm=False)
-        return scope["statistics"], [
+        llm.collective_rpc("attune_capture_stop")
+        llm.collective_rpc("attune_capture_start")  # and finds keys in the cache that it has not seen
+        llm.generate(inputs, [scope["ask"](i, ids) for i, ids in enumerate(prompts)], use_tqdm=False)
+        keys = [f"request-{i}" for i in range(len(prompts))]
+        warm = llm.collective_rpc("attune_capture_pop", args=(keys, [16] * len(keys)))[0]
+        pairs = [
             [
                 (list(o.outputs[0].token_ids), [next(iter(s.values())).logprob for s in o.outputs[0].logprobs])
                 for o in run
             ]
             for run in (without, with_capture)
         ]
+        return scope["statistics"], pairs, [np.frombuffer(each["statistics"], np.float32) for each in warm]
 
 
 class SpeculativeVllm:
@@ -643,8 +649,10 @@ def test_the_documented_example_and_capture_changes_nothing(ray_session: str, po
     host: Any = ray.remote(OwnVllm)
     actor = host.options(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}).remote()
     library: Any = ray
-    statistics, (without, with_capture) = library.get(actor.run.remote(code, policy.model, prompts), timeout=120)
+    statistics, pairs, warm = library.get(actor.run.remote(code, policy.model, prompts), timeout=120)
+    without, with_capture = pairs
     assert without == with_capture
+    assert [bool(np.isfinite(rows).all()) for rows in warm] == [True, True, False]  # a whole block is 128 tokens
     for ids, (tokens, rows) in zip(prompts, statistics, strict=True):
         oracle = TransformersEngine(policy, CaptureSection())
         keys = KeySets(tuple(range(len(ids))), (0,), (1.0,))
