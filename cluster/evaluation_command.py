@@ -15,7 +15,9 @@ from cluster.evaluation_table import comparison_table, summary_table
 from cluster.training_data import load_training_data
 from rollout.engine import Oracle
 from rollout.worker import build_oracle
+from services.errors import UserError
 from services.models import load_tokenizer
+from services.models_config import PolicySection
 from services.text.sources import SplitName
 
 
@@ -41,7 +43,7 @@ def measure(
 
 
 def with_model(config: Config, model: Path) -> Config:
-    """The recipe with another model directory; its tokenizer comes along."""
+    """The recipe with another model directory; its tokenizer comes along where the recipe names none."""
     return config.model_copy(update={"policy": config.policy.model_copy(update={"model": str(model)})})
 
 
@@ -56,6 +58,8 @@ def evaluate_models(
     config = config if model is None else with_model(config, model)
     section = config.evaluation.model_copy(update={"split": split})
     config = config.model_copy(update={"evaluation": section})
+    if baseline is not None:
+        _check_vocabularies(config.policy, with_model(config, baseline).policy)
     data = load_training_data(config)
     prompts = evaluation_prompts(config, data, split, config.evaluation.prompts)
     after = measure(config, _engine(config), prompts, label=config.policy.model, console=console)
@@ -82,6 +86,15 @@ def comparison(before: EvaluationResult, after: EvaluationResult, rescored: Eval
         "changes_under_starting_attention": [change.model_dump(mode="json") for change in compare(before, rescored)],
         "rescored_figures": rescored.model_dump(mode="json")["figures"],
     }
+
+
+def _check_vocabularies(model: PolicySection, baseline: PolicySection) -> None:
+    """Raises UserError where one's token ids are not the other's: prompts and responses are given as ids to both."""
+    if load_tokenizer(model).get_vocab() != load_tokenizer(baseline).get_vocab():
+        raise UserError(
+            f"--baseline {baseline.model}: has another tokenizer than {model.model}, whose responses it would read as "
+            "other words; evaluate each alone"
+        )
 
 
 def _engine(config: Config) -> Oracle:

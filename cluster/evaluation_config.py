@@ -81,6 +81,11 @@ class EvaluationSection(Section):
         """`best_metric` as resolved: DECODING/METRIC."""
         return self.best_metric or f"{self.decodings[0]}/reward"
 
+    @property
+    def measure(self) -> str:
+        """What the figure that chooses is of: figures of different measures are not compared."""
+        return f"the {self.best_goal} of {self.chooses_by} over {self.prompts} prompts of {self.split}"
+
 
 ATTENTION_METRICS = ("reward", "coverage", "focus", "repeat", "spike", "mass", "peak_share", "entropy_q05")
 REFERENCE_METRICS = ("exact_match", "token_f1", "rouge_l")

@@ -19,6 +19,7 @@ from cluster.evaluation_metrics import (
     perplexity,
     pooled_within_sd,
 )
+from cluster.files import write_atomically
 from services.errors import UserError
 from services.records import FinishReason, PolicyVersion, Record
 
@@ -107,7 +108,7 @@ class EvaluationResult(Record):
         return values | failed
 
     def save(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
 
 
 def load_result(path: Path) -> EvaluationResult:

@@ -40,8 +40,21 @@ def fine_tune(config: Config, out: Path, *, console: Console) -> FineTuned:
     if not train:
         raise UserError(f"data.source {config.data.source!r}: no training prompt has a reference response to learn")
     console.print(f"  {len(train)} pairs, {config.sft.epochs} epochs on {config.learner.ranks} ranks", highlight=False)
-    arguments = (config.sft.model_dump(mode="json"), train, validation)
-    reports = train_on_ranks(config, out, "sft", arguments, what="fine-tuning")
+    progress = out.with_name(f"{out.name}.progress").absolute()
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    progress.write_bytes(b"")
+    arguments = (config.sft.model_dump(mode="json"), train, validation, str(progress))
+    try:
+        reports = train_on_ranks(
+            config,
+            out,
+            "sft",
+            arguments,
+            what="an update of fine-tuning, an evaluation or the model's files",
+            progress=lambda: progress.stat().st_size,
+        )
+    finally:
+        progress.unlink(missing_ok=True)
     for report in reports:
         held_out = report["validation_loss"]
         console.print(

@@ -85,7 +85,8 @@ class History:
     incarnation: int
     steps: Steps = field(default_factory=Steps)
     failed: dict[str, Failure] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    """Of the evaluation that chose policy-best: `step`, `value`, and `measure`, what that is of."""
     revisions: dict[int, list[str]] = field(default_factory=dict)
     """Those of the reward's recipe, interventions among them, by the first step that they scored."""
     skipped: dict[int, str] = field(default_factory=dict)
@@ -130,6 +131,13 @@ class History:
             committed=sum(epoch_of(group) < epochs for group in committed),
             failed=sum(epoch_of(group) < epochs for group in self.failed),
         )
+
+    def best_by(self, measure: str) -> tuple[float | None, str | None]:
+        """The best value so far by this measure, None where there is none; and why the one there is does not count."""
+        before = self.best.get("measure", measure)  # commits of older versions do not say
+        if before != measure:
+            return None, f"it was chosen by {before}, and the recipe now chooses by {measure}"
+        return self.best.get("value"), None
 
     def manifest(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ from cluster.config import Config
 from cluster.learners import learner_environment
 from cluster.plan import nodes_of_ray, parts_of, place
 from cluster.ray_runtime import ray_cluster, wait_all
+from learner.commit import sync, sync_all
 from learner.worker import LearnerWorker
 from services.errors import Deadline, UserError
 
@@ -17,7 +18,9 @@ POLL_S = 0.5
 
 
 def refuse_existing(out: Path) -> None:
-    """UserError where `out` is there already and not empty."""
+    """UserError where `out` is there already, and no empty directory."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file, allowed is a directory that is empty or not there yet")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: is there already and not empty; choose another")
 
@@ -68,9 +71,11 @@ def train_on_ranks(
                 ray.kill(rank, no_restart=True)
     if finish is not None:
         finish(partial, answer)
+    sync_all(partial)
     if out.exists():
         out.rmdir()
     partial.rename(out)
+    sync(out.parent)
     return answer
 
 

@@ -374,8 +374,14 @@ class Training:
             figure = self.config.evaluation.chooses_by
             log.warning("step %d: the evaluation has no %s; the best policy stays what it was", step, figure)
             self.run.event("evaluation_without_figure", step=step, figure=figure)
-        elif evaluation.better_than(self.history.best.get("value")):
-            self.history.best = {"value": evaluation.value, "step": step}
+            return {**evaluation.metrics, "time/evaluation_s": time.monotonic() - began}
+        measure = self.config.evaluation.measure
+        best, why = self.history.best_by(measure)
+        if why is not None:
+            log.warning("the best policy so far is compared with no longer: %s", why)
+            self.run.event("best_forgotten", best=self.history.best, why=why)
+        if evaluation.better_than(best):
+            self.history.best = {"value": evaluation.value, "step": step, "measure": measure}
             self._write_policy(self.run.policy_best, best_mark(self.history))  # in place with the commit that names it
         return {**evaluation.metrics, "time/evaluation_s": time.monotonic() - began}
 

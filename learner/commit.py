@@ -327,6 +327,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_all(directory: Path) -> None:
+    """Waits until every file below a directory, and its name, are on the disk."""
+    for path in (*directory.rglob("*"), directory, directory.parent):
+        sync(path)
+
+
 def _remove(path: Path) -> bool:
     try:
         # Without the marker first: a removal that is cut short must not leave a checkpoint that looks damaged.

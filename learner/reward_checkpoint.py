@@ -17,7 +17,16 @@ from typing import Any
 
 import torch
 
-from learner.commit import begin_checkpoint, check_written, commit_checkpoint, prune_checkpoints, read_commit, written
+from learner.commit import (
+    begin_checkpoint,
+    check_written,
+    commit_checkpoint,
+    prune_checkpoints,
+    read_commit,
+    sync,
+    sync_all,
+    written,
+)
 from learner.engine import Engine
 from learner.publish import export
 from learner.reward_training import Progress, Report
@@ -44,7 +53,10 @@ class TrainingFiles:
         self._engine.load(checkpoint, updates_done=progress.updates, ranks=manifest["ranks"])
         if self._engine.rank == 0 and self._metrics.exists():
             lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            self._metrics.write_text("".join(lines[: progress.reports]), encoding="utf-8")
+            partial = self._metrics.with_suffix(".partial")
+            partial.write_text("".join(lines[: progress.reports]), encoding="utf-8")
+            sync(partial)
+            partial.replace(self._metrics)
         return progress
 
     def report(self, each: Report) -> None:
@@ -54,8 +66,11 @@ class TrainingFiles:
                 lines.write(json.dumps(asdict(each)) + "\n")
 
     def keep(self) -> None:
-        """Writes the weights as they are."""
-        export(self._engine, self._tokenizer, self._kept(self._engine.updates_done))
+        """Writes the weights as they are, to the disk: the next commit names them, and those before them go."""
+        directory = self._kept(self._engine.updates_done)
+        export(self._engine, self._tokenizer, directory)
+        if self._engine.rank == 0:
+            sync_all(directory)
 
     def save(self, progress: Progress) -> None:
         """Commits where the training stands; earlier checkpoints, and weights that are no longer the best, go.

@@ -203,10 +203,13 @@ def _encode(
     asked = record.asked
     if form.kind == "principle" and not asked.principles:
         raise UserError(f"{asked.where}: principles is empty, and reward_model.kind principle judges by them")
-    if isinstance(record, Comparison) and record.probability < 1 and section.comparison_loss == "plackett_luce":
-        raise UserError(
-            f"{asked.where}: label_prob is a soft label; reward_model.comparison_loss all_pairs takes those"
-        )
+    if isinstance(record, Comparison) and section.comparison_loss == "plackett_luce":
+        if record.probability == 0.5:  # a tie, which this loss knows by equal ranks
+            record = replace(record, ranks=(0, 0), probability=1.0)
+        elif record.probability < 1:
+            raise UserError(
+                f"{asked.where}: label_prob is a soft label; reward_model.comparison_loss all_pairs takes those"
+            )
     # As in serving: models of the other kinds are never shown principles, which data that a judge made always has.
     principles = asked.principles if form.kind == "principle" else ()
     responses = record.responses if isinstance(record, Comparison) else (record.response,)

@@ -285,10 +285,10 @@ def held_out_figures(examples: Sequence[Example], scores: Scores, shape: str) ->
     rank correlation with the rating. Steps: of P(correct), the neutral ones left out.
     """
     if shape == "comparisons":
-        decided = [place for place, example in enumerate(examples) if example.probability != 0.5]
-        figures: dict[str, Any] = {
-            "accuracy": pair_accuracy([scores[i] for i in decided], [examples[i].targets for i in decided]),
-        }
+        decided = [i for i, each in enumerate(examples) if each.probability != 0.5 and len(set(each.targets)) > 1]
+        figures: dict[str, Any] = {}
+        if decided:  # where all are ties, none can be right
+            figures["accuracy"] = pair_accuracy([scores[i] for i in decided], [examples[i].targets for i in decided])
         two = [(row, example) for row, example in zip(scores, examples, strict=True) if len(row) == 2]
         # Of every pair both ways round: which response is the first says nothing.
         sides = [

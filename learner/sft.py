@@ -65,7 +65,7 @@ def fine_tune(
     seed: int,
     pad_id: int,
     decoder_start_id: int | None,
-    on_epoch: Callable[[EpochReport], None] | None = None,
+    on_update: Callable[[], None] = lambda: None,
 ) -> list[EpochReport]:
     """All epochs, each followed by the loss on the validation pairs. Collective.
 
@@ -75,7 +75,7 @@ def fine_tune(
     """
     if not train:
         raise ValueError("there are no training pairs")
-    task = _Task(engine, pad_id, decoder_start_id)
+    task = _Task(engine, pad_id, decoder_start_id, on_update)
     training = [Tokens(tuple(prompt), tuple(response)) for prompt, response in train]
     held_out = [Tokens(tuple(prompt), tuple(response)) for prompt, response in validation]
     reports: list[EpochReport] = []
@@ -91,8 +91,6 @@ def fine_tune(
             response_tokens=tokens,
         )
         reports.append(report)
-        if on_epoch is not None:
-            on_epoch(report)
     return reports
 
 
@@ -101,6 +99,7 @@ class _Task:
     engine: Engine
     pad_id: int
     decoder_start_id: int | None
+    on_update: Callable[[], None]
 
     def train(self, pairs: Sequence[Tokens], minibatches: int, epoch: int) -> tuple[float, int]:
         """One epoch over pairs in this order: its mean loss a token (as it went), and its response tokens."""
@@ -125,6 +124,7 @@ class _Task:
                 engine.update()
             except NonFinite as problem:
                 raise NonFinite(f"fine-tuning, epoch {epoch}, minibatch {number}: {problem}") from problem
+            self.on_update()
         tokens = sum(len(pair.response_ids) for pair in pairs)
         loss = float(add_over_ranks([total.to(engine.device)])[0]) / tokens
         return loss, tokens

@@ -5,7 +5,7 @@ ids; each rank fetches the groups itself, so that what is computed over the whol
 """
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from learner.reward_model_config import RewardModelSection
 from learner.reward_training import Data, train_scores
 from learner.reward_training import updates_of as updates_of_scores
 from learner.scoring_model import start_scoring_model
-from learner.sft import EpochReport, Pair, fine_tune, updates_of
+from learner.sft import Pair, fine_tune, updates_of
 from learner.sft_config import SftSection
 from learner.transfer import send
 from learner.value_model import load_value_model
@@ -189,10 +189,12 @@ class LearnerWorker:
         section: dict[str, Any],
         train: Sequence[Pair],
         validation: Sequence[Pair],
+        progress: str,
         directory: str,
-        on_epoch: Callable[[EpochReport], None] | None = None,
     ) -> list[dict[str, Any]]:
         """Fine-tunes the policy on pairs of token ids and writes it to `directory`; a report an epoch.
+
+        Each update adds a byte to the file `progress`.
 
         In place of `setup`: a worker that fine-tunes does nothing else. `section` is an `SftSection` as a dict.
         """
@@ -210,10 +212,15 @@ class LearnerWorker:
             seed=self._seed,
             pad_id=self._pad_id,
             decoder_start_id=self._decoder_start_id,
-            on_epoch=on_epoch,
+            on_update=lambda: self._step_on(Path(progress)),
         )
         export(self._engine, load_tokenizer(self.policy_section), directory)
         return [asdict(report) for report in reports]
+
+    def _step_on(self, progress: Path) -> None:
+        if self.rank == 0:
+            with progress.open("ab") as file:
+                file.write(b".")
 
     def reward_model(
         self,

@@ -8,6 +8,7 @@ import pytest
 
 from cluster.commits import commit_failures
 from cluster.config import Config
+from cluster.evaluation_config import EvaluationSection
 from cluster.files import read_jsonl
 from cluster.history import History, Steps, begin_incarnation, open_history
 from cluster.recipe import resolve, save_resolved
@@ -360,3 +361,19 @@ def test_steps_are_what_was_put_in_and_follow_each_other() -> None:
     assert (steps, steps.groups) == ({0: ['0:a \n"é', "0:c"]}, 2)
     steps[1] = ["0:b"]
     assert steps.groups == 3
+
+
+def test_figures_of_different_measures_are_not_compared(run: RunDir) -> None:
+    history = start(run, recipe())
+    assert history.best_by("the max of greedy/reward") == (None, None)
+    history.best = {"step": 3, "value": 0.3, "measure": "the max of greedy/reward"}
+    assert history.best_by("the max of greedy/reward") == (0.3, None)
+    best, why = history.best_by("the min of greedy/perplexity")
+    assert best is None
+    assert (
+        why == "it was chosen by the max of greedy/reward, and the recipe now chooses by the min of greedy/perplexity"
+    )
+    history.best = {"step": 3, "value": 0.3}  # of an older version
+    assert history.best_by("the max of greedy/reward") == (0.3, None)
+    sections = [EvaluationSection(), EvaluationSection(best_goal="min"), EvaluationSection(split="test", prompts=7)]
+    assert len({section.measure for section in sections}) == 3

@@ -23,6 +23,8 @@ from learner.commit import Written, written
 
 PROMPTS = 40
 
+MEASURE = "the max of greedy/reward over 64 prompts of validation"
+
 
 def recipe(steps: int, keep: int = 2) -> Config:
     return resolve(
@@ -237,7 +239,7 @@ def test_an_evaluation_without_its_figure_leaves_the_best_and_the_run_goes_on(ru
     assert held(run.policy_best) == "after 2"
     again = Driver(run, 9)
     again.settle()
-    assert again.history.best == {"value": 0.5, "step": 1}
+    assert again.history.best == {"value": 0.5, "step": 1, "measure": MEASURE}
     assert held(run.policy_best) == "after 2"
     without = [event for event in read_jsonl(run.events) if event["event"] == "evaluation_without_figure"]
     assert [(event["step"], event["figure"]) for event in without] == [(0, "greedy/reward"), (2, "greedy/reward")]
@@ -250,7 +252,7 @@ def test_a_best_that_was_not_committed_is_forgotten(run: RunDir) -> None:
     driver.step(value=0.75)  # killed here
     again = Driver(run, 9)
     again.settle()
-    assert again.history.best == {"value": 0.5, "step": 0}
+    assert again.history.best == {"value": 0.5, "step": 0, "measure": MEASURE}
     assert held(run.policy_best) == "after 1"
     assert not partial_of(run.policy_best).exists()
 
@@ -305,7 +307,7 @@ def test_a_best_of_steps_that_are_gone_is_put_right(run: RunDir, kept: str, expo
     if kept == "not exported":
         exporter.write_text("#!/bin/sh\necho no room left >&2\nexit 1\n")
     again = Driver(run, 9)
-    assert again.history.best == {"value": 0.5, "step": 0}
+    assert again.history.best == {"value": 0.5, "step": 0, "measure": MEASURE}
     again.settle()
     assert held(run.path / "policy-best.aside") == "after 3"
     events = {event["event"]: event for event in read_jsonl(run.events)}
@@ -313,7 +315,7 @@ def test_a_best_of_steps_that_are_gone_is_put_right(run: RunDir, kept: str, expo
     if kept == "kept":
         assert held(run.policy_best) == "step_1\n"
         assert is_marked(run.policy_best, best_mark(again.history))
-        assert again.history.best == {"value": 0.5, "step": 0}
+        assert again.history.best == {"value": 0.5, "step": 0, "measure": MEASURE}
     else:
         assert not run.policy_best.exists()
         assert again.history.best == {}

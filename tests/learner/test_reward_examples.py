@@ -56,6 +56,28 @@ def test_steps_must_be_as_many_as_their_labels(tokenizer: Any) -> None:
         encode_records(rows, tokenizer, section.format(None), section)
 
 
+def test_a_tie_of_two_is_a_tie_under_every_loss(tokenizer: Any) -> None:
+    tie, soft = records(
+        "comparisons",
+        {"prompt": "q", "responses": ["one", "two"], "ranks": [1, 1]},
+        {"prompt": "q", "chosen": "one", "rejected": "two", "label_prob": 0.8},
+    )
+    pairs, luce = RewardModelSection(), RewardModelSection(comparison_loss="plackett_luce")
+    (example,) = encode_records([tie], tokenizer, pairs.format(None), pairs).examples
+    assert (example.targets, example.probability) == ((0.0, 1.0), 0.5)
+    (example,) = encode_records([tie], tokenizer, luce.format(None), luce).examples
+    assert (example.targets, example.probability) == ((0.0, 0.0), 1.0)
+    with pytest.raises(UserError, match="f:2: label_prob is a soft label"):
+        encode_records([soft], tokenizer, luce.format(None), luce)
+
+
+def test_figures_of_ties_alone_have_no_accuracy() -> None:
+    ties = [Example(((1,), (2,)), (0.0, 1.0), (1.0,), probability=0.5), Example(((1,),) * 3, (0.0,) * 3, (1.0,))]
+    figures = held_out_figures(ties, [[1.0, 0.0], [2.0, 1.0, 0.0]], "comparisons")
+    assert "accuracy" not in figures
+    assert figures["calibration_error"] > 0
+
+
 def test_ratings_are_mapped_to_the_unit_interval() -> None:
     one, several = records(
         "ratings",

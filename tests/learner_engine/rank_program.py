@@ -171,8 +171,11 @@ def held(job: Job, rank: int) -> dict[str, Any]:
 def sft(job: Job, rank: int) -> dict[str, Any]:
     worker = worker_of(job, rank)
     directory = str(Path(job["directory"]) / "tuned")
-    reports = worker.sft(job["address"], job["port"], job["sft"], job["train"], job["validation"], directory)
-    return {"reports": reports, "directory": directory}
+    progress = Path(job["directory"]) / "progress"
+    reports = worker.sft(
+        job["address"], job["port"], job["sft"], job["train"], job["validation"], str(progress), directory
+    )
+    return {"reports": reports, "directory": directory, "progress": progress.stat().st_size if rank == 0 else 0}
 
 
 def reward_model(job: Job, rank: int) -> dict[str, Any]:

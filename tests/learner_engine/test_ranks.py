@@ -191,7 +191,8 @@ def test_fine_tuning_equals_a_plain_loop(two_ranks: Any, model_dirs: dict[str, s
     """Clipping, schedule, accumulation and the sum over ranks, against torch alone with transformers' own logits."""
     from learner.microbatch import plan_epoch
     from learner.ppo import seed_of
-    from learner.sft import epoch_order
+    from learner.sft import epoch_order, updates_of
+    from learner.sft_config import SftSection
 
     pairs, settings = sft_case
     model: Any = load_policy_model(PolicySection(model=model_dirs["untied"]))
@@ -224,6 +225,7 @@ def test_fine_tuning_equals_a_plain_loop(two_ranks: Any, model_dirs: dict[str, s
     tuned = dict(load_policy_model(PolicySection(model=two_ranks["sft"]["directory"])).named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(tuned[name], parameter, rtol=0, atol=2e-5, msg=name)
+    assert two_ranks["sft"]["progress"] == updates_of(len(pairs), SftSection.model_validate(settings))
     reports = two_ranks["sft"]["reports"]
     assert [report["updates"] for report in reports] == [batches, updates]
     assert reports[1]["validation_loss"] < reports[0]["validation_loss"] < losses[0]
