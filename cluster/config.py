@@ -85,8 +85,8 @@ class ClusterSection(Section):
     step_s: float = Field(
         default=3600.0,
         gt=0,
-        description="Deadline (s) for the learner's part of a step, for an evaluation, for an update of `attune sft` and "
-        "from one evaluation of `attune reward-model` to the next.",
+        description="Deadline (s) for the learner's part of a step, for an evaluation, for an update of `attune sft`, "
+        "and from one evaluation of `attune reward-model` to the next.",
     )
     publish_s: float = Field(
         default=300.0, gt=0, description="Deadline (s) for gathering and writing, or sending, a set of weights."
