@@ -113,9 +113,9 @@ class Training:
 def learner_need(shape: Shape, training: Training, base: int) -> Need:
     """One rank of the learner; `base` bytes are its process without a model.
 
-    Parameters and gradients are in the learner's dtype, master and moments in float32, all of them partitioned; in
-    float32 there is a master beside the parameters all the same. Gathered parameters are the whole model up to
-    LIVE_PARAMETERS: ZeRO-3 keeps what it will use again.
+    Parameters are in the learner's dtype, gradients as added up, master and moments in float32, all of them
+    partitioned; in float32 there is a master beside the parameters all the same. Gathered parameters are the whole
+    model up to LIVE_PARAMETERS: ZeRO-3 keeps what it will use again.
     """
     size, ranks = training.bytes, training.ranks
     own = share(training.trained, ranks)

@@ -181,13 +181,13 @@ def test_a_paper_sized_model_is_known_from_its_configuration_alone(tmp_path: Pat
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_states_of_training_are_zeros_bytes_a_parameter(ranks: int) -> None:
-    """arXiv 1910.02054: 2 (weights) + 2 (gradients) + 12 (master and moments), divided by the ranks."""
+    """arXiv 1910.02054: 2 (weights) + 12 (master and moments), divided by the ranks; gradients in float32 are 4."""
     shape = Shape(8 * 10**6, 2, 64, 4, 4, 16, 256, 1000)
     need = learner_need(shape, training(2, trained=shape.parameters, ranks=ranks), base=0)
     states = sum(i.bytes for i in need.items if i.lasting and not i.name.startswith("reference"))
-    assert states == 16 * shape.parameters // ranks
+    assert states == 18 * shape.parameters // ranks
     offloaded = learner_need(shape, training(2, trained=shape.parameters, ranks=ranks, offload="optimizer"), base=0)
-    assert need.bytes("device") - offloaded.bytes("device") >= 14 * shape.parameters // ranks
+    assert need.bytes("device") - offloaded.bytes("device") >= 16 * shape.parameters // ranks
 
 
 def test_what_is_there_only_while_models_load_counts_where_it_is_the_most() -> None:
