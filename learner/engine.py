@@ -195,3 +195,17 @@ def add_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     torch.distributed.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def texts_of_ranks(text: str, device: str) -> list[str]:
+    """What each rank says, by rank. Collective; torch's own gathering of objects would unpickle them."""
+    said = text.encode()
+    ranks = torch.distributed.get_world_size()
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks)]
+    torch.distributed.all_gather(lengths, torch.tensor([len(said)], device=device))
+    longest = max(int(length) for length in lengths)
+    mine = torch.zeros(longest, dtype=torch.uint8, device=device)
+    mine[: len(said)] = torch.tensor(list(said), dtype=torch.uint8)
+    parts = [torch.empty_like(mine) for _ in range(ranks)]
+    torch.distributed.all_gather(parts, mine)
+    return [bytes(part[: int(length)].tolist()).decode() for part, length in zip(parts, lengths, strict=True)]

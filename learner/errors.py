@@ -1,4 +1,4 @@
-"""What ends a training step without an update, or the run."""
+"""What ends a training step before its end, or the run."""
 
 
 class BadBatch(Exception):  # noqa: N818 - reads as what it says where it is raised

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from learner.commit import (
+    Written,
     begin_checkpoint,
     check_written,
     commit_checkpoint,
@@ -27,7 +28,7 @@ from learner.commit import (
     sync_all,
     written,
 )
-from learner.engine import Engine
+from learner.engine import Engine, texts_of_ranks
 from learner.publish import export
 from learner.reward_training import Progress, Report
 
@@ -82,10 +83,9 @@ class TrainingFiles:
             begin_checkpoint(self._work, progress.updates)
         torch.distributed.barrier()
         self._engine.save(str(directory))
-        parts: list[Any] = [None] * self._engine.world_size
-        torch.distributed.all_gather_object(parts, written(directory))
+        parts = texts_of_ranks(json.dumps(asdict(written(directory))), self._engine.device)
         if self._engine.rank == 0:
-            check_written(directory, ((f"rank {rank}", part) for rank, part in enumerate(parts)))
+            check_written(directory, ((f"rank {rank}", Written(**json.loads(part))) for rank, part in enumerate(parts)))
             commit_checkpoint(directory, {"progress": asdict(progress), "ranks": self._engine.world_size})
             prune_checkpoints(self._work, keep=1)
             best = self._kept(progress.kept.get("updates"))

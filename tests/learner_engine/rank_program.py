@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import learner.commit
 import learner.zero
+from learner.engine import texts_of_ranks
 from learner.errors import NonFinite
 from learner.publish import BUCKET_BYTES, export, publish
 from learner.reward_examples import Example
@@ -195,6 +196,7 @@ def reward_model(job: Job, rank: int) -> dict[str, Any]:
         "lines": [json.loads(line) for line in lines],
         "directory": str(directory),
         "logits": logits_of(worker, asked) if asked else [],
+        "heard": texts_of_ranks(f"{rank}" + "é" * 100 * rank, worker.engine.device),
     }
 
 

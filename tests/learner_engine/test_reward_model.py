@@ -62,6 +62,12 @@ def test_two_ranks_train_the_same_model_as_one(scoring_runs: Any) -> None:
         assert ours["held_out"]["loss"] == pytest.approx(theirs["held_out"]["loss"], abs=10 * within)
 
 
+def test_every_rank_hears_what_the_others_say(scoring_runs: Any) -> None:
+    one, two = (ran["comparisons"]["heard"] for ran in scoring_runs)
+    assert one == ["0"]
+    assert two == ["0", "1" + "é" * 100]
+
+
 def test_cheap_preferences_come_first_and_evaluations_are_written(scoring_runs: Any) -> None:
     lines = scoring_runs[1]["comparisons"]["lines"]
     assert [line["stage"] for line in lines] == ["pretrain"] * 2 + ["train"] * 4
