@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -59,6 +58,24 @@ def policy(tiny_decoder: Path) -> PolicySection:
 @pytest.fixture
 def engine(policy: PolicySection) -> TransformersEngine:
     return TransformersEngine(policy, CaptureSection())
+
+
+class Held(TransformersEngine):
+    """Generates nothing until it may."""
+
+    def __init__(self, policy: PolicySection) -> None:
+        super().__init__(policy, CaptureSection())
+        self.may = threading.Event()
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+        while not self.may.is_set():
+            await asyncio.sleep(0.01)
+        return await super().generate(requests)
+
+
+@pytest.fixture
+def held(policy: PolicySection) -> Held:
+    return Held(policy)
 
 
 @pytest.fixture
@@ -145,6 +162,7 @@ def work(loop: RolloutLoop, *steps: Callable[[], bool]) -> None:
 
 
 def generated(ledger: Ledger, count: int) -> Callable[[], bool]:
+    """So many and no more: there have to be so many groups in all, or places for so many."""
     return lambda: ledger.counts()["generated"] == count
 
 
@@ -271,7 +289,7 @@ def test_an_actor_with_its_hands_full_takes_new_weights_in_mid_generation(
                 await asyncio.sleep(0.01)
             return await super().generate(requests)
 
-    fill(ledger, *TEXTS)
+    fill(ledger, TEXTS[0])
     ledger.open_gate(first, publish(first, 0.0), 3)
     keeps = RolloutSection(
         engine="vllm", vllm=VllmSection(weight_sync="keep"), groups_in_flight=1, samples=2, max_tokens=8, poll_s=0.01
@@ -292,25 +310,29 @@ def test_an_actor_with_its_hands_full_takes_new_weights_in_mid_generation(
 
 
 def test_groups_at_their_last_chance_are_generated_one_at_a_time_and_the_loop_goes_on(
-    client: redis.Redis, engine: TransformersEngine, preparation: Preparation, publish: Publisher
+    client: redis.Redis, policy: PolicySection, preparation: Preparation, publish: Publisher
 ) -> None:
     ledger = Ledger(client, f"run-{uuid4().hex[:8]}", lease_losses=1)
+    leased: list[int] = []
+
+    class Counting(TransformersEngine):
+        """Notes how many groups are leased while one is in hand."""
+
+        async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+            await asyncio.sleep(0.1)  # ten times what the loop waits before it asks for another
+            leased.append(ledger.counts()["leased"])
+            return await super().generate(requests)
+
     ids = fill(ledger, *TEXTS)
     version = PolicyVersion(1, 0)
     ledger.open_gate(version, publish(version, 0.0), 3)
     for _ in ids[:2]:
         assert isinstance(ledger.lease("dies", version, 60.0), Lease)
     assert ledger.release("dies") == ids[:2]
-    loop = RolloutLoop(engine, ledger, preparation, section(groups_in_flight=3), owner="a", seed=SEED)
-    most = 0
-
-    def done() -> bool:
-        nonlocal most
-        most = max(most, ledger.counts()["leased"])
-        return ledger.counts()["generated"] == 3
-
-    work(loop, done)
-    assert most == 1
+    counting = Counting(policy, CaptureSection())
+    loop = RolloutLoop(counting, ledger, preparation, section(groups_in_flight=3), owner="a", seed=SEED)
+    work(loop, generated(ledger, 3))
+    assert leased == [1, 1, 1]
     assert [group.group_id for group in groups(ledger)] == ids
 
 
@@ -498,44 +520,38 @@ def test_weights_of_another_model_end_the_actor_before_it_leases(
 
 
 def test_a_lease_is_renewed_while_its_group_is_generated(
-    ledger: Ledger, engine: TransformersEngine, preparation: Preparation, publish: Publisher
+    ledger: Ledger, held: Held, preparation: Preparation, publish: Publisher
 ) -> None:
     fill(ledger, TEXTS[0])
     version = PolicyVersion(1, 0)
     ledger.open_gate(version, publish(version, 0.0), 1)
-    slow = section(samples=48, max_tokens=60, lease_s=0.15)
     expired: list[str] = []
 
     def watch() -> bool:
         expired.extend(ledger.expire_leases())
+        if loop.counters.renewed >= 4:  # it would have expired after three
+            held.may.set()
         return ledger.counts()["generated"] == 1
 
-    loop = RolloutLoop(engine, ledger, preparation, slow, owner="a", seed=SEED)
+    loop = RolloutLoop(held, ledger, preparation, section(lease_s=1.0), owner="a", seed=SEED)
     work(loop, watch)
     assert expired == []
-    assert loop.counters.renewed >= 1
     assert groups(ledger)[0].attempt == 1
 
 
 def test_a_renewal_that_fails_is_not_the_last(
     ledger: Ledger,
     client: redis.Redis,
-    engine: TransformersEngine,
+    held: Held,
     preparation: Preparation,
     publish: Publisher,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Redis has no room for a moment, while the engine is at work."""
     fill(ledger, TEXTS[0])
     version = PolicyVersion(1, 0)
     ledger.open_gate(version, publish(version, 0.0), 1)
-    generate, before, done = engine.generate, list[int](), threading.Event()
-
-    async def slowly(requests: Any) -> Any:
-        while not done.is_set():
-            await asyncio.sleep(0.01)
-        return await generate(requests)
+    before: list[int] = []
 
     def leased() -> bool:
         if ledger.counts()["leased"] == 0:
@@ -552,20 +568,19 @@ def test_a_renewal_that_fails_is_not_the_last(
 
     def renewed() -> bool:
         if loop.counters.renewed > before[0]:
-            done.set()
-        return done.is_set()
+            held.may.set()
+        return held.may.is_set()
 
-    monkeypatch.setattr(engine, "generate", slowly)
-    loop = RolloutLoop(engine, ledger, preparation, section(lease_s=0.15), owner="a", seed=SEED)
+    loop = RolloutLoop(held, ledger, preparation, section(lease_s=0.15), owner="a", seed=SEED)
     try:
         work(loop, leased, refused, renewed, generated(ledger, 1))
     finally:
-        done.set()
+        held.may.set()
         client.config_set("maxmemory", "0")
 
 
 def test_an_answer_to_a_lease_that_passed_on_is_dropped(
-    ledger: Ledger, engine: TransformersEngine, preparation: Preparation, publish: Publisher
+    ledger: Ledger, held: Held, preparation: Preparation, publish: Publisher
 ) -> None:
     (group_id,) = fill(ledger, TEXTS[0])
     version = PolicyVersion(1, 0)
@@ -575,9 +590,10 @@ def test_an_answer_to_a_lease_that_passed_on_is_dropped(
         """The driver takes the actor for dead while it generates: the lease goes back, and to whoever asks next."""
         if ledger.release("a") != [group_id]:
             return False
-        return ledger.counts()["generated"] == 0
+        held.may.set()
+        return True
 
-    loop = RolloutLoop(engine, ledger, preparation, section(samples=48, max_tokens=60), owner="a", seed=SEED)
+    loop = RolloutLoop(held, ledger, preparation, section(), owner="a", seed=SEED)
     work(loop, pass_on, generated(ledger, 1))
     (group,) = groups(ledger)
     assert group.attempt == 2
@@ -585,14 +601,20 @@ def test_an_answer_to_a_lease_that_passed_on_is_dropped(
 
 
 def test_stop_ends_after_the_group_in_hand(
-    ledger: Ledger, engine: TransformersEngine, preparation: Preparation, publish: Publisher
+    ledger: Ledger, held: Held, preparation: Preparation, publish: Publisher
 ) -> None:
     fill(ledger, *TEXTS)
     version = PolicyVersion(1, 0)
     ledger.open_gate(version, publish(version, 0.0), 3)
-    work(
-        RolloutLoop(engine, ledger, preparation, section(samples=48, max_tokens=60), owner="a", seed=SEED),
-        lambda: ledger.counts()["leased"] == 1,
-    )
+    loop = RolloutLoop(held, ledger, preparation, section(), owner="a", seed=SEED)
+
+    def in_hand() -> bool:
+        if ledger.counts()["leased"] == 0:
+            return False
+        loop.stop()
+        held.may.set()
+        return True
+
+    work(loop, in_hand)
     counts = ledger.counts()
     assert (counts["leased"], counts["generated"], counts["pending"]) == (0, 1, 2)
