@@ -198,8 +198,3 @@ class Config(Section):
                 f"({outage_s:g}): a scoring worker that waits for scores would be ended before it may say so"
             )
         return self
-
-    @property
-    def min_ok_samples(self) -> int:
-        """Ok samples that a group needs to be trained on (invariant 2)."""
-        return self.learner.min_ok

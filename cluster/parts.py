@@ -103,7 +103,7 @@ class RewardParts:
             token=self._token,
             stream_url=self._stream_url,
             run_id=self._run_id,
-            min_ok=self._config.min_ok_samples,
+            min_ok=self._config.learner.min_ok,
             name=name,
             stream=self._config.stream,
             labels=labels_of(self._config, self._run_id, name),

@@ -22,7 +22,7 @@ from cluster.commits import commit, commit_failures
 from cluster.config import Config
 from cluster.distributions import failure_metrics, histograms
 from cluster.evaluator import NAME as EVALUATOR
-from cluster.evaluator import Evaluator
+from cluster.evaluator import Evaluation, Evaluator
 from cluster.flow import Flow
 from cluster.history import History, begin_incarnation, open_history
 from cluster.learners import start_learners
@@ -370,11 +370,16 @@ class Training:
             return offer.model_dump_json(), partial(rounds.serve, offer)
 
         evaluation = self.evaluator.evaluate(publish)
+        self._compare_with_best(step, evaluation)
+        return {**evaluation.metrics, "time/evaluation_s": time.monotonic() - began}
+
+    def _compare_with_best(self, step: int, evaluation: Evaluation) -> None:
+        """Writes policy-best/ where the evaluation is better than all before it by the same measure."""
         if evaluation.value is None:
             figure = self.config.evaluation.chooses_by
             log.warning("step %d: the evaluation has no %s; the best policy stays what it was", step, figure)
             self.run.event("evaluation_without_figure", step=step, figure=figure)
-            return {**evaluation.metrics, "time/evaluation_s": time.monotonic() - began}
+            return
         measure = self.config.evaluation.measure
         best, why = self.history.best_by(measure)
         if why is not None:
@@ -383,7 +388,6 @@ class Training:
         if evaluation.better_than(best):
             self.history.best = {"value": evaluation.value, "step": step, "measure": measure}
             self._write_policy(self.run.policy_best, best_mark(self.history))  # in place with the commit that names it
-        return {**evaluation.metrics, "time/evaluation_s": time.monotonic() - began}
 
     def _write_policy(self, directory: Path, mark: Mapping[str, Any]) -> None:
         """Writes the policy beside its place, whole and marked."""

@@ -250,7 +250,8 @@ class SyncRewardClient:
 
 
 def pause_s(attempt: int, backoff_s: float, asked_s: float | None = None) -> float:
-    """Seconds before try `attempt + 1`: what the server asked for, else doubling up to 5 s; with jitter of a half."""
+    """Seconds before try `attempt + 1`: what the server asked for and up to a fifth more, else doubling up to 5 s less
+    up to a half: clients that failed together do not come back together."""
     if asked_s is not None:
         return min(asked_s, LONGEST_ASKED_S) * random.uniform(1.0, 1.2)
     return min(backoff_s * 2 ** min(attempt, 16), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)

@@ -6,15 +6,18 @@ from contextlib import asynccontextmanager
 
 
 class Places:
-    """`count` places. Who asks for more than there are waits for ever."""
+    """`count` places."""
 
     def __init__(self, count: int) -> None:
+        self._count = count
         self._free = asyncio.Semaphore(count)
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
     async def taken(self, count: int) -> AsyncIterator[None]:
-        """Holds so many for the length of the block; who came first has them first."""
+        """Holds so many for the length of the block; who came first has them first. ValueError: more than there are."""
+        if count > self._count:
+            raise ValueError(f"{count} places are asked for, there are {self._count}")
         held = 0
         try:
             async with self._turn:  # two that hold a part each would wait for each other

@@ -3,7 +3,6 @@
 Ray is played: an actor answers its pulse, ends the calls that it is told to end, and dies when it is told to.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -544,8 +543,10 @@ def test_room_that_came_back_for_a_while_ends_the_wait_for_room(tmp_path: Path) 
         crew.ray.free = []
         crew.lose_rollout()
         crew.replace()
-        crew.supervisor.check_room("rollout", 0.2)
-        time.sleep(0.25)
+        crew.supervisor.check_room("rollout", 600.0)
+        (kept,) = crew.supervisor.kept
+        assert kept.no_room_since is not None
+        kept.no_room_since -= 900.0  # a quarter of an hour ago
         crew.ray.free = [{"CPU": 1.0}]
         crew.supervisor.check()
         assert len(crew.supervisor.rollouts) == 1

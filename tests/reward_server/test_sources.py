@@ -142,10 +142,12 @@ def test_scoring_that_nobody_waits_for_ends_after_the_item_in_hand() -> None:
         items = [Item(id=str(i), prompt="p", response="r") for i in range(50)]
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(FunctionScorer("r", slowly).score(items), 0.25)
+        in_hand = len(begun)
         await asyncio.sleep(0.5)
+        assert in_hand <= len(begun) <= in_hand + 1  # the thread may have looked just before it was told
 
     asyncio.run(leave())
-    assert 1 <= len(begun) <= 5
+    assert 1 <= len(begun) < 50
 
 
 def test_a_pattern_that_backtracks_fails_the_item_in_time(serving: Any) -> None:

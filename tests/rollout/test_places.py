@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import suppress
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +33,15 @@ def test_never_more_than_there_are_and_everybody_has_a_turn(drawn: tuple[int, li
     asyncio.run(take())
     assert most <= count
     assert order == list(range(len(wanted)))
+
+
+def test_more_than_there_are_are_refused_at_once() -> None:
+    async def take() -> None:
+        async with Places(3).taken(4):
+            pass
+
+    with pytest.raises(ValueError, match="4 places are asked for, there are 3"):
+        asyncio.run(take())
 
 
 def test_one_who_gives_up_waiting_gives_back_what_he_had() -> None:
