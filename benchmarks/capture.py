@@ -2,14 +2,17 @@
 
 One model of over 50M parameters (float32, grouped-query attention), random weights and prompts, 32 requests at once.
 A round times generation without capture, with the last layer and with the last three, in turn; the ratios are medians
-of the rounds' own. Every response has the same length, and prefixes are not shared. transformers' eager attention runs
-in a process of its own, which vLLM has not touched, with as many threads. Peak memory is resident memory (GiB), of
-vLLM's process by what ran in it so far.
+of the rounds' own. Every response has the same length. transformers' eager attention runs in a process of its own,
+which vLLM has not touched, with as many threads. Peak memory is resident memory (GiB), of vLLM's process by what ran in
+it so far.
+
+The 32 prompts differ from each other, so that every one of them has to be computed. `groups` is the same with four
+prompts of eight samples each, as a policy is rolled out: vLLM computes each prompt once, `generate` eight times.
 
 `limit` is what reading the captured layers' keys once more would cost if bytes were all: bytes of a decode step without
 capture (weights, keys and values of all layers at the mean context) over the same with it. `eager_limit` is what
 `eager_ratio` would be if vLLM's time were that of the matrix products alone, at the rate that this machine reaches on a
-large one: prompts are most of the work here, and they cost both programs the same.
+large one.
 """
 
 import os
@@ -29,13 +32,22 @@ NAME = "capture"
 PROMPT, RESPONSE, REQUESTS = 256, 128, 32
 LAYERS, WIDTH, HEADS, KEY_HEADS, FEED_FORWARD, VOCABULARY = 12, 576, 9, 3, 1536, 16000
 VARIANTS = (0, 1, 3)
+GROUP = 8
+"""Samples of a prompt, as in recipes/cagsr-qa.yaml."""
 
 
 @dataclass(frozen=True)
 class Shape:
+    """So many requests at once, `samples` of each prompt; lengths in tokens."""
+
     requests: int
     prompt: int
     response: int
+    samples: int = 1
+
+    @property
+    def prompts(self) -> int:
+        return self.requests // self.samples
 
 
 GRID = (Shape(8, 64, 32), Shape(32, 64, 32), Shape(8, 1024, 32), Shape(32, 1024, 32))
@@ -88,6 +100,8 @@ def measure(directory: str, parameters: int, options: Options) -> dict[str, Any]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
         eager_s, eager_peak = apart.submit(eager, directory, shape, 1 if options.quick else 3).result()
     tokens = shape.requests * shape.response
+    rate = matmul_flops_per_s()
+    groups = Shape(REQUESTS, PROMPT, RESPONSE, GROUP)
     return {
         "parameters": parameters,
         "shape": vars(shape),
@@ -101,7 +115,10 @@ def measure(directory: str, parameters: int, options: Options) -> dict[str, Any]
         "on_off_ratio_3_layers": ratio(seconds, 3),
         "on_off_limit_3_layers": byte_limit(parameters, shape, 3),
         "eager_ratio": median(eager_s) / median(seconds[1]),
-        "eager_limit": median(eager_s) / (matmul_flops(parameters, shape) / matmul_flops_per_s()),
+        "eager_limit": median(eager_s) * rate / matmul_flops(parameters, shape),
+        "groups": grown(llm, groups, rounds, median(eager_s)),
+        "groups_eager_limit": median(eager_s) * rate / matmul_flops(parameters, groups),
+        "matmul_flops_per_s": rate,
         "peak_memory_off": peak[0],
         "peak_memory_on": peak[1],
         "peak_memory_on_3_layers": peak[3],
@@ -115,13 +132,14 @@ def ratio(seconds: dict[int, list[float]], captured: int) -> float:
     return median(off / on for off, on in zip(seconds[0], seconds[captured], strict=True))
 
 
-def grown(llm: Any, shape: Shape, rounds: int) -> dict[str, Any]:
-    """The last layer's cost at another shape."""
+def grown(llm: Any, shape: Shape, rounds: int, eager_s: float | None = None) -> dict[str, Any]:
+    """The last layer's cost at another shape; `eager_s` is what transformers takes for it."""
     seconds: dict[int, list[float]] = {0: [], 1: []}
     for number in range(rounds):
         for variant in (0, 1) if number % 2 else (1, 0):
             seconds[variant].append(generate(llm, shape, variant, seed=77 + number))
-    return {**vars(shape), "on_off_ratio": ratio(seconds, 1)}
+    against = {} if eager_s is None else {"eager_ratio": eager_s / median(seconds[1])}
+    return {**vars(shape), "on_off_ratio": ratio(seconds, 1), **against}
 
 
 def byte_limit(parameters: int, shape: Shape, captured: int) -> float:
@@ -133,10 +151,13 @@ def byte_limit(parameters: int, shape: Shape, captured: int) -> float:
 
 
 def matmul_flops(parameters: int, shape: Shape) -> float:
-    """Of every weight once a token, but for the input embedding; the output head for response tokens alone."""
+    """Of every weight once a token, but for the input embedding; the output head for response tokens alone, a prompt
+    once for all its samples.
+    """
     embedding = VOCABULARY * WIDTH
     layers = parameters - 2 * embedding
-    return 2.0 * shape.requests * (shape.prompt * layers + shape.response * (layers + embedding))
+    prompts, responses = shape.prompts * shape.prompt, shape.requests * shape.response
+    return 2.0 * (prompts * layers + responses * (layers + embedding))
 
 
 def matmul_flops_per_s() -> float:
@@ -165,7 +186,7 @@ def start(directory: str) -> Any:
         max_model_len=2048,
         block_size=32,
         kv_cache_memory_bytes=2**30,
-        enable_prefix_caching=False,
+        enable_prefix_caching=True,
         worker_extension_cls="rollout.vllm_capture.extension.CaptureExtension",
     )
 
@@ -173,7 +194,8 @@ def start(directory: str) -> Any:
 def prompts(shape: Shape, seed: int) -> list[list[int]]:
     import numpy as np
 
-    return np.random.default_rng(seed).integers(3, VOCABULARY, (shape.requests, shape.prompt)).tolist()
+    drawn = np.random.default_rng(seed).integers(3, VOCABULARY, (shape.prompts, shape.prompt)).tolist()
+    return [ids for ids in drawn for _ in range(shape.samples)]
 
 
 def generate(llm: Any, shape: Shape, captured: int, *, seed: int) -> float:
@@ -198,6 +220,7 @@ def generate(llm: Any, shape: Shape, captured: int, *, seed: int) -> float:
         started = llm.collective_rpc("attune_capture_start", args=({"last_layers": captured},))[0]
         if "refused" in started:
             raise RuntimeError(started["refused"])
+    llm.reset_prefix_cache()  # no variant finds the prompts of the one before
     began = time.perf_counter()
     llm.generate([{"prompt_token_ids": each} for each in ids], parameters, use_tqdm=False)
     if captured:

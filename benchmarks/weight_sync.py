@@ -1,4 +1,5 @@
-"""Weights from one process into a model of another: by collective and by files, against what loopback and memory give.
+"""Weights from one process into a model of another: by collective (a look at the sender's memory, or gloo) and by
+files, against what loopback and memory give.
 
 One model of over 50M parameters in float32. The receiver is a process of its own that holds the same model and takes
 the weights as a rollout actor does (`rollout.weight_loading.take_weights`); the sender holds its weights unpartitioned,
@@ -7,7 +8,8 @@ until the receiver says that it has everything: in either way every bucket is ha
 figures are medians.
 
 `bandwidth_share` is the share of the loopback bandwidth (one TCP connection between two processes, nothing done with
-the bytes) that the collective reaches, hashing and loading included. `hash_bytes_per_s` is what one core hashes.
+the bytes) that the collective over gloo reaches, hashing and loading included. `hash_bytes_per_s` is what one core
+hashes: the least that any of these ways takes is one hash and one copy, for both sides hash at once.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,7 +86,8 @@ def drain(address: tuple[str, int]) -> None:
         connection.sendall(b"!")
 
 
-def by_collective(pipe: Connection, named: Mapping[str, Tensor], mib: int) -> float:
+def by_collective(pipe: Connection, named: Mapping[str, Tensor], mib: int, backend: Literal["auto", "gloo"]) -> float:
+    """Seconds; `auto` is `ipc`, on one machine."""
     names = buckets_of([(name, tensor.nbytes) for name, tensor in named.items()], mib * MIB)
     plan = [[TensorMeta(name, named[name].dtype, tuple(named[name].shape)) for name in bucket] for bucket in names]
     sender = Sender(
@@ -96,6 +99,7 @@ def by_collective(pipe: Connection, named: Mapping[str, Tensor], mib: int) -> fl
         join_s=60.0,
         phase_s=60.0,
         whole_s=300.0,
+        backend=backend,
     )
     began = time.perf_counter()
     pipe.send(("weights", sender.offer.model_dump_json()))
@@ -167,7 +171,8 @@ def measure(options: Options) -> dict[str, Any]:
     try:
         pipe.recv()
         ways: dict[str, Callable[[], float]] = {
-            **{f"collective_{mib}_mib": lambda mib=mib: by_collective(pipe, named, mib) for mib in BUCKETS_MIB},
+            **{f"ipc_{mib}_mib": lambda mib=mib: by_collective(pipe, named, mib, "auto") for mib in BUCKETS_MIB},
+            **{f"gloo_{mib}_mib": lambda mib=mib: by_collective(pipe, named, mib, "gloo") for mib in BUCKETS_MIB},
             **{f"files_{mib}_mib": lambda mib=mib: by_files(pipe, named, mib) for mib in BUCKETS_MIB},
             "loopback": lambda: by_loopback(pipe, size),
             "copy": lambda: by_copy(size),
@@ -185,12 +190,13 @@ def measure(options: Options) -> dict[str, Any]:
     finally:
         process.kill()
     taken = {name: median(values) for name, values in seconds.items()}
-    best = taken[f"collective_{BUCKETS_MIB[0]}_mib"]
+    ipc, gloo, files = (taken[f"{way}_{BUCKETS_MIB[0]}_mib"] for way in ("ipc", "gloo", "files"))
     return {
-        "seconds": best,
+        "seconds": gloo,
         "bytes": size,
-        "bandwidth_share": taken["loopback"] / best,
-        "files_over_collective": taken[f"files_{BUCKETS_MIB[0]}_mib"] / best,
+        "bandwidth_share": taken["loopback"] / gloo,
+        "files_over_gloo": files / gloo,
+        "gloo_over_ipc": gloo / ipc,
         "parameters": sum(tensor.numel() for tensor in named.values()),
         "rounds": rounds,
         **{f"seconds_{name}": value for name, value in taken.items()},
