@@ -120,8 +120,14 @@ class ClusterSection(Section):
     weights: Literal["files", "collective"] = Field(
         default="files",
         description="How weights reach the rollout actors. `files`: buckets in `weights_dir`, read by each when it is "
-        "ready. `collective`: sent to all at once, over NCCL between GPUs and gloo otherwise; no file, and no shared "
-        "file system for it. The learner waits until the actors are there.",
+        "ready. `collective`: sent to all at once; no file, and no shared file system for it. The learner waits until "
+        "the actors are there.",
+    )
+    transfer_backend: Literal["auto", "gloo"] = Field(
+        default="auto",
+        description="`weights: collective`: what brings the bytes. `auto`: a buffer that all look at where learner and "
+        "actors share one GPU (CUDA IPC) or one machine without any, NCCL where each has a GPU of its own, gloo "
+        "otherwise. `gloo`: over TCP from host memory to host memory, always.",
     )
     rendezvous_s: float = Field(
         default=300.0,

@@ -157,6 +157,7 @@ class LearnerWorker:
             join_s=float(self._cluster["rendezvous_s"]),
             phase_s=float(self._cluster["transfer_s"]),
             whole_s=float(self._cluster["publish_s"]),
+            backend=self._cluster["transfer_backend"],
         )
         return self._sender.offer.model_dump_json()
 

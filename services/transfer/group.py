@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,26 +20,11 @@ from torch import Tensor
 from services.transfer.offer import Broken, short
 
 T = TypeVar("T")
-Backend = Literal["gloo", "nccl"]
 LOST: tuple[type[Exception], ...] = (dist.DistError, RuntimeError, ConnectionError)
 """What torch raises where a peer is gone or does not answer."""
 
 POLL_S = 0.005
 PIECE_POLL_S = 0.0005
-
-
-def place_of(device: torch.device) -> dict[str, str]:
-    """What a party says of the memory it receives into: {"device": "cpu"}, or "cuda" with the GPU's own number."""
-    if device.type != "cuda":
-        return {"device": device.type}
-    cuda: Any = torch.cuda
-    return {"device": "cuda", "gpu": str(cuda.get_device_properties(device).uuid)}
-
-
-def backend_for(places: Sequence[dict[str, str]]) -> Backend:
-    """NCCL where every party has a GPU of its own; it knows no other case. gloo, through host memory, otherwise."""
-    gpus = [place.get("gpu", "") for place in places]
-    return "nccl" if all(gpus) and len(set(gpus)) == len(gpus) else "gloo"
 
 
 def listen(host: str, key: str, seconds: float) -> tuple[Any, int]:
@@ -61,7 +46,7 @@ def own_address(host: str, port: int, seconds: float) -> str:
         return str(probe.getsockname()[0])
 
 
-def new_group(store: Any, backend: Backend, rank: int, size: int, host: str, phase_s: float) -> Any:
+def new_group(store: Any, backend: str, rank: int, size: int, host: str, phase_s: float) -> Any:
     """A process group of `size` parties, once all are there; gloo listens at `host`. Raises one of LOST, or Broken."""
 
     def make() -> Any:

@@ -9,22 +9,10 @@ import torch
 from torch import Tensor
 
 from services.records import PolicyVersion
-from services.transfer.group import (
-    LOST,
-    await_any,
-    broadcast,
-    finish,
-    get,
-    join,
-    leave,
-    new_group,
-    own_address,
-    place_of,
-    put,
-    try_put,
-)
+from services.transfer.group import LOST, await_any, get, join, new_group, own_address, put, try_put
 from services.transfer.offer import Broken, Offer, short
 from services.transfer.packing import TensorMeta, checksum, packed_bytes, unpack
+from services.transfer.ways import Borrowing, ByGroup, Way, place_of
 
 MOMENT_S = 2.0
 """How long (s) a receiver whose group broke waits for the sender to say why."""
@@ -46,25 +34,21 @@ class Incoming:
 def receiving(offer: Offer, name: str, device: torch.device) -> Generator[Incoming]:
     """Joins a transfer as `name`. Leaving the block says that all was taken, or, by an error, that it was not and why.
 
-    `device` is the model's. The tensors are there where NCCL brings them, and in the host's memory where gloo does.
+    `device` is the model's. The tensors are there but where gloo brings them: then they are in the host's memory.
 
     Raises:
         Broken: the sender or another receiver is gone or does not answer, a checksum differs, or the offer is over.
     """
     store, host = _meet(offer, name)
-    group: Any = None
+    way: Way | None = None
     try:
         with _lost_is_broken(store, offer):
             put(store, f"join/{name}", place_of(device))
             start = _start(store, offer, name)
             plan = [[TensorMeta.from_json(row) for row in bucket] for bucket in start["plan"]]
-            if start["backend"] == "gloo":
-                device = torch.device("cpu")
-            receivers = list(start["receivers"])
-            rank, size = receivers.index(name) + 1, len(receivers) + 1
-            group = new_group(store, start["backend"], rank, size, host, offer.phase_s)
+            way = _way(store, offer, name, start, plan, host, device)
         names = tuple(meta.name for bucket in plan for meta in bucket)
-        yield Incoming(offer.version, names, _tensors(store, group, offer, plan, device))
+        yield Incoming(offer.version, names, _tensors(store, way, offer, plan))
         lost = try_put(store, f"done/{name}", None)
         if lost is not None:
             raise Broken(f"{offer.name}: {offer.sender} is gone, and does not know that all arrived ({lost})")
@@ -73,8 +57,8 @@ def receiving(offer: Offer, name: str, device: torch.device) -> Generator[Incomi
         try_put(store, f"done/{name}", str(error))
         raise
     finally:
-        if group is not None:
-            leave(group)
+        if way is not None:
+            way.leave()
 
 
 @contextmanager
@@ -111,16 +95,31 @@ def _start(store: Any, offer: Offer, name: str) -> Any:
     return start
 
 
-def _tensors(
-    store: Any, group: Any, offer: Offer, plan: list[list[TensorMeta]], device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
+def _way(
+    store: Any,
+    offer: Offer,
+    name: str,
+    start: Any,
+    plan: list[list[TensorMeta]],
+    host: str,
+    device: torch.device,
+) -> Way:
+    """As the sender says that the bytes come."""
+    if start["backend"] == "ipc":
+        most = max(packed_bytes(bucket) for bucket in plan)
+        return Borrowing(store, name, start["handles"][name], most, device, offer.phase_s)
+    receivers = list(start["receivers"])
+    rank, size = receivers.index(name) + 1, len(receivers) + 1
+    group = new_group(store, start["backend"], rank, size, host, offer.phase_s)
+    return ByGroup(group, torch.device("cpu") if start["backend"] == "gloo" else device, offer.phase_s)
+
+
+def _tensors(store: Any, way: Way, offer: Offer, plan: list[list[TensorMeta]]) -> Iterator[tuple[str, Tensor]]:
     for index, metas in enumerate(plan):
         what = f"bucket {index + 1} of {len(plan)} of {offer.name}"
-        # Anew for each: who takes the tensors may keep them until their layer is complete.
-        flat = torch.empty(packed_bytes(metas), dtype=torch.uint8, device=device)
+        flat = way.room(packed_bytes(metas))
         with _lost_is_broken(store, offer):
-            late = f"{what}: {offer.sender} did not send it"
-            finish(broadcast(group, flat, offer.phase_s, late), offer.phase_s, late)
+            way.bring(index, flat, f"{what}: {offer.sender} did not send it")()
             if await_any(store, (f"checksum/{index}",), offer.phase_s) is None:
                 raise Broken(f"{what}: waited {offer.phase_s:.0f} s for its checksum by {offer.sender}")
             expected = get(store, f"checksum/{index}")

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
@@ -13,20 +13,17 @@ from services.records import PolicyVersion
 from services.transfer.group import (
     LOST,
     POLL_S,
-    backend_for,
-    broadcast,
-    finish,
     get,
     join,
-    leave,
     listen,
     new_group,
-    place_of,
     put,
     try_put,
 )
 from services.transfer.offer import Broken, Offer, Report, short, version_text
 from services.transfer.packing import TensorMeta, checksum, pack, packed_bytes
+from services.transfer.shared import Lent, alive
+from services.transfer.ways import Backend, ByGroup, Lending, Way, backend_for, place_of
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +31,8 @@ log = logging.getLogger(__name__)
 class Sender:
     """One transfer, from the offer to the report: `start`, `send` for each bucket, `finish`; or `stop` at any point.
 
-    Listens at `host` alone. `device` is where the tensors are. After False from `start` or `send` nothing more is sent.
+    Listens at `host` alone. `device` is where the tensors are. `backend` gloo: by it, whatever else there would be.
+    After False from `start` or `send` nothing more is sent.
     """
 
     def __init__(
@@ -48,6 +46,7 @@ class Sender:
         join_s: float,
         phase_s: float,
         whole_s: float,
+        backend: Literal["auto", "gloo"] = "auto",
     ) -> None:
         key = uuid4().hex
         store, port = listen(host, key, phase_s)
@@ -63,10 +62,11 @@ class Sender:
             whole_s=whole_s,
         )
         self._device = device
-        self._group: Any = None
+        self._wanted = backend
+        self._way: Way | None = None
         self._joined: list[str] = []
+        self._processes: dict[str, int] = {}
         self._plan: Sequence[Sequence[TensorMeta]] = ()
-        self._flat: Tensor | None = None
         self._stopped: str | None = None
         self._bytes = 0
         self._began = time.monotonic()
@@ -79,22 +79,15 @@ class Sender:
         self._joined = list(places)
         if not places:
             return self._stop("no receiver came")
-        backend = backend_for([place_of(self._device), *places.values()])
+        here = place_of(self._device)
+        self._processes = {
+            name: int(place["process"]) for name, place in places.items() if place["machine"] == here["machine"] != ""
+        }
+        backend: Backend = "gloo" if self._wanted == "gloo" else backend_for([here, *places.values()])
         self._backend = backend
-        if backend == "gloo":
-            self._device = torch.device("cpu")
         try:
-            put(
-                self._store,
-                "start",
-                {
-                    "backend": backend,
-                    "receivers": self._joined,
-                    "plan": [[meta.to_json() for meta in bucket] for bucket in plan],
-                },
-            )
-            self._group = new_group(self._store, backend, 0, len(places) + 1, self.offer.host, self.offer.phase_s)
-        except (Broken, *LOST) as error:
+            self._way = self._begin(backend)
+        except (Broken, OSError, *LOST) as error:
             return self._stop(f"the group of {len(places)} receivers did not form: {short(error)}")
         self._began = time.monotonic()
         return True
@@ -103,16 +96,15 @@ class Sender:
         """Sends bucket `index` of the plan; the tensors may change afterwards."""
         metas = self._plan[index]
         size = packed_bytes(metas)
-        if self._flat is None:
-            most = max(packed_bytes(bucket) for bucket in self._plan)
-            self._flat = torch.zeros(most, dtype=torch.uint8, device=self._device)
-        flat = self._flat[:size]
+        if self._way is None:
+            raise RuntimeError("the transfer has not been started, or is over")
+        flat = self._way.room(size)
         pack(metas, tensors, flat)
         what = f"bucket {index + 1} of {len(self._plan)} to be taken by {', '.join(self._joined)}"
         try:
-            work = broadcast(self._group, flat, self.offer.phase_s, what)
+            arrived = self._way.bring(index, flat, what)
             put(self._store, f"checksum/{index}", checksum(flat))  # computed while the bytes are on their way
-            finish(work, self.offer.phase_s, what)
+            arrived()
         except Broken as error:
             return self._stop(str(error))
         except LOST as error:
@@ -150,6 +142,23 @@ class Sender:
         self._stop(why)
         self._leave()
 
+    def _begin(self, backend: Backend) -> Way:
+        """Says how the bytes come and in which buckets, and makes ready for it."""
+        most = max(packed_bytes(bucket) for bucket in self._plan)
+        start: dict[str, Any] = {
+            "backend": backend,
+            "receivers": self._joined,
+            "plan": [[meta.to_json() for meta in bucket] for bucket in self._plan],
+        }
+        if backend == "ipc":
+            lent = Lent(most, self._device)
+            put(self._store, "start", start | {"handles": {name: lent.handle() for name in self._joined}})
+            return Lending(self._store, lent, self._joined, self._gone, self.offer.phase_s)
+        put(self._store, "start", start)
+        group = new_group(self._store, backend, 0, len(self._joined) + 1, self.offer.host, self.offer.phase_s)
+        device = torch.device("cpu") if backend == "gloo" else self._device
+        return ByGroup(group, device, self.offer.phase_s, most)
+
     def _wait_for_receivers(self) -> dict[str, dict[str, str]]:
         """What those who came said of themselves, in the offer's order."""
         end = time.monotonic() + self.offer.join_s
@@ -165,11 +174,22 @@ class Sender:
         end = time.monotonic() + self.offer.phase_s
         waiting = list(self._joined)
         while waiting and time.monotonic() < end:
-            waiting = [name for name in waiting if not self._here(name, "done") and not self._here(name, "left")]
+            waiting = [name for name in waiting if self._gone(name) is None]
             time.sleep(POLL_S if waiting else 0)
 
+    def _gone(self, receiver: str) -> str | None:
+        """Why no more is to be expected of a receiver that joined."""
+        if self._dead(receiver):
+            return "is dead"
+        return "gave up" if self._here(receiver, "done") else None
+
+    def _dead(self, receiver: str) -> bool:
+        """As a supervisor says; of a process of this machine it can be seen."""
+        process = self._processes.get(receiver)
+        return self._here(receiver, "left") or (process is not None and not alive(process))
+
     def _why_silent(self, receiver: str) -> str:
-        if self._here(receiver, "left"):
+        if self._dead(receiver):
             return "it is dead"
         if receiver not in self._joined:
             return f"it did not join within {self.offer.join_s:.0f} s"
@@ -183,16 +203,16 @@ class Sender:
     def _stop(self, why: str) -> bool:
         self._stopped = self._stopped or why
         try_put(self._store, "stopped", self._stopped)
-        if self._group is not None:
-            leave(self._group)
-            self._group = None
+        if self._way is not None:
+            self._way.leave()
+            self._way = None
         return False
 
     def _leave(self) -> None:
         """Gives the group, its memory and the store back; receivers that are still there see the connection close."""
-        if self._group is not None:
-            leave(self._group)
-        self._group = self._flat = self._store = None
+        if self._way is not None:
+            self._way.leave()
+        self._way = self._store = None
 
 
 def withdraw(offer: Offer, receivers: Sequence[str]) -> None:

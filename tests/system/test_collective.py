@@ -61,16 +61,21 @@ def test_vllm_gets_its_weights_by_collective(attune: Attune, recipe: Recipe, tmp
 
 @pytest.mark.slow
 def test_a_run_by_collective_is_the_run_by_files_bit_for_bit(attune: Attune, recipe: Recipe, tmp_path: Path) -> None:
-    runs = [tmp_path / weights for weights in ("files", "collective")]
-    for run in runs:
-        path = recipe(
-            run={"steps": 3}, rollout={"actors": 2}, learner={"ranks": 2}, cluster={"weights": run.name, "start_s": 120}
-        )
-        code, output = attune("train", str(path), "--run-dir", str(run))
+    """By either way in which the bytes come: `auto` is a look at the learner's memory here."""
+    ways = {
+        "files": {"weights": "files"},
+        "auto": {"weights": "collective"},
+        "gloo": {"weights": "collective", "transfer_backend": "gloo"},
+    }
+    for name, way in ways.items():
+        path = recipe(run={"steps": 3}, rollout={"actors": 2}, learner={"ranks": 2}, cluster={**way, "start_s": 120})
+        code, output = attune("train", str(path), "--run-dir", str(tmp_path / name))
         assert code == 0, output
-    assert reproducible(runs[0]) == reproducible(runs[1])
-    weights = [hashlib.sha256((run / "policy" / "model.safetensors").read_bytes()).hexdigest() for run in runs]
-    assert weights[0] == weights[1]
+    runs = [tmp_path / name for name in ways]
+    metrics = [reproducible(run) for run in runs]
+    assert metrics[0] == metrics[1] == metrics[2]
+    weights = {hashlib.sha256((run / "policy" / "model.safetensors").read_bytes()).hexdigest() for run in runs}
+    assert len(weights) == 1
 
 
 @pytest.fixture
@@ -126,16 +131,16 @@ def left_of(run: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("actors", [1, 2])
+@pytest.mark.parametrize(("actors", "backend"), [(1, "auto"), (2, "auto"), (2, "gloo")])
 def test_a_rollout_actor_that_dies_in_mid_transfer_is_replaced_and_gets_the_version(
-    start: Callable[..., Any], recipe: Recipe, tmp_path: Path, larger: Path, actors: int
+    start: Callable[..., Any], recipe: Recipe, tmp_path: Path, larger: Path, actors: int, backend: str
 ) -> None:
     run = tmp_path / "run"
     path = recipe(
         run={"steps": 5},
         policy={"model": str(larger)},
         rollout={"actors": actors},
-        cluster={**COLLECTIVE, "start_s": 120, "bucket_mib": 1.0},
+        cluster={**COLLECTIVE, "start_s": 120, "bucket_mib": 1.0, "transfer_backend": backend},
     )
     process = start("train", str(path), "--run-dir", str(run))
     code, output = kill_in_mid_transfer(process, run, "RolloutWorker")
@@ -160,7 +165,7 @@ def test_a_learner_rank_that_dies_in_mid_transfer_is_started_again_from_the_last
         policy={"model": str(larger)},
         learner={"ranks": 2},
         checkpoint={"every": 1},
-        cluster={**COLLECTIVE, "start_s": 120, "bucket_mib": 1.0},
+        cluster={**COLLECTIVE, "start_s": 120, "bucket_mib": 1.0, "transfer_backend": "gloo"},
     )
     process = start("train", str(path), "--run-dir", str(run))
     code, output = kill_in_mid_transfer(process, run, "LearnerWorker")

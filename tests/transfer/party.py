@@ -2,6 +2,7 @@
 
 import resource
 from multiprocessing.connection import Connection
+from typing import Literal
 
 import torch
 
@@ -10,8 +11,11 @@ from services.transfer.offer import Broken, Offer
 from services.transfer.packing import TensorMeta
 from services.transfer.receiver import receiving
 from services.transfer.sender import Sender
+from services.transfer.ways import place_of
 
 CPU = torch.device("cpu")
+Wanted = Literal["auto", "gloo"]
+"""auto is ipc here: all parties are on one machine."""
 
 
 def plan(buckets: int) -> list[list[TensorMeta]]:
@@ -30,7 +34,7 @@ def tensors(index: int) -> dict[str, torch.Tensor]:
     }
 
 
-def sender(receivers: list[str], *, join_s: float = 30.0, phase_s: float = 20.0) -> Sender:
+def sender(receivers: list[str], backend: Wanted = "auto", *, join_s: float = 30.0, phase_s: float = 20.0) -> Sender:
     return Sender(
         PolicyVersion(1, 3),
         receivers,
@@ -40,6 +44,7 @@ def sender(receivers: list[str], *, join_s: float = 30.0, phase_s: float = 20.0)
         join_s=join_s,
         phase_s=phase_s,
         whole_s=60.0,
+        backend=backend,
     )
 
 
@@ -60,11 +65,15 @@ def receive(pipe: Connection, offer: Offer, name: str, out: str | None = None) -
     pipe.send(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
-def send(pipe: Connection, receivers: list[str], *, hang_after: int, phase_s: float = 20.0) -> None:
+def send(pipe: Connection, receivers: list[str], backend: Wanted, *, hang_after: int, phase_s: float = 20.0) -> None:
     """Says its offer, sends so many buckets of four, and then nothing more."""
-    one = sender(receivers, phase_s=phase_s)
+    one = sender(receivers, backend, phase_s=phase_s)
     pipe.send(one.offer)
     one.start(plan(4))
     for index in range(hang_after):
         one.send(index, tensors(index))
     pipe.recv()
+
+
+def place(pipe: Connection) -> None:
+    pipe.send(place_of(CPU))
