@@ -204,3 +204,12 @@ class Config(Section):
                 f"({outage_s:g}): a scoring worker that waits for scores would be ended before it may say so"
             )
         return self
+
+    @property
+    def actors_rollout(self) -> RolloutSection:
+        """`rollout` as an actor gets it: vLLM counts its memory by whole GPUs, of which the actor may have a part."""
+        part = self.cluster.rollout_gpus
+        if not 0 < part < 1:
+            return self.rollout
+        vllm = self.rollout.vllm.model_copy(update={"gpu_memory": part * self.rollout.vllm.gpu_memory})
+        return self.rollout.model_copy(update={"vllm": vllm})

@@ -104,7 +104,7 @@ class Evaluator:
                 {"OMP_NUM_THREADS": str(config.rollout.threads)},
                 config.policy,
                 config.attention,
-                config.rollout,
+                config.actors_rollout,
                 section,
                 attention_options(config),
                 prompts,

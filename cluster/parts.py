@@ -143,7 +143,7 @@ def start_rollouts(
         arguments: dict[str, Any] = {
             "policy": config.policy,
             "capture": config.attention,
-            "rollout": config.rollout,
+            "rollout": config.actors_rollout,
             "data": config.data,
             "salience": config.salience,
             "idf": idf,

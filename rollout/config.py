@@ -17,6 +17,13 @@ class VllmSection(Section):
         description="Memory of the KV cache (MiB); null: on GPUs what vLLM finds "
         "free; on a CPU room for `max_batch_rows` responses at full length, 4 GiB at most.",
     )
+    gpu_memory: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of its GPU's memory that vLLM takes, weights and cache. Where an actor has a part of a GPU "
+        "(`cluster.rollout_gpus` below 1), the share of that part.",
+    )
     max_context: int | None = Field(
         default=None,
         ge=2,

@@ -318,6 +318,8 @@ def _start_llm(policy: PolicySection, section: RolloutSection, max_context: int 
         arguments["block_size"] = BLOCK_SIZE_CPU
         if own.kv_cache_mib is None:
             arguments["kv_cache_memory_bytes"] = _room_for(load_config(policy), policy.dtype, arguments)
+    else:
+        arguments["gpu_memory_utilization"] = own.gpu_memory
     try:
         if on_cpu and own.tensor_parallel == 1:
             return InProcessLLM(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))

@@ -10,6 +10,6 @@ own, gloo between hosts' memories where not.
     receiver            join(name) .............. takes it, verifies it, hands it on ... done(name)
 
 Every wait has a deadline of the offer's. A party that dies breaks the transfer for all: the sender reports who received
-everything, who refused and why, and who did not answer; a receiver raises `Broken`, which says what it knows. Then there
-is another transfer, of the same version or a later one.
+everything, who refused and why, and who did not answer; a receiver raises `Broken`, which says what it knows. Then
+there is another transfer, of the same version or a later one.
 """

@@ -25,6 +25,15 @@ def complaint(*overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(("gpus", "memory"), [(0, 0.8), (0.25, 0.2), (0.5, 0.4), (1, 0.8), (2, 0.8)])
+def test_vllm_takes_its_share_of_what_an_actor_has_of_a_gpu(gpus: float, memory: float) -> None:
+    config = load_recipe(QA, [f"cluster.rollout_gpus={gpus}", "rollout.vllm.gpu_memory=0.8"])
+    section = config.actors_rollout
+    assert section.vllm.gpu_memory == pytest.approx(memory)
+    vllm = section.vllm.model_copy(update={"gpu_memory": 0.8})
+    assert section.model_copy(update={"vllm": vllm}) == config.rollout
+
+
 # ---- overrides
 
 
