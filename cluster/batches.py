@@ -13,7 +13,8 @@ from cluster.feed import Feed
 from cluster.history import History
 from cluster.recovery import Recovery
 from cluster.run_dir import RunDir
-from cluster.supervise import POLL_S, LedgerBehind
+from cluster.running import LedgerBehind
+from cluster.supervise import POLL_S
 from cluster.training_data import TrainingData
 from services.errors import Deadline
 from services.records import Group, epoch_of

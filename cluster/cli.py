@@ -392,7 +392,7 @@ def run_command(arguments: list[str] | None = None) -> int:
     except Deadline as error:
         return _complain(error, 1)
     except Exception as error:
-        from cluster.supervise import PartFailed
+        from cluster.running import PartFailed
         from learner.commit import NoSpace, is_full_disk
 
         if isinstance(error, PartFailed | NoSpace):

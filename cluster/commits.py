@@ -9,7 +9,7 @@ from cluster.history import History
 from cluster.learners import LearnerGroup
 from cluster.model_dirs import take_best
 from cluster.run_dir import RunDir
-from cluster.supervise import PartFailed
+from cluster.running import PartFailed
 from learner.checkpoint_config import CheckpointSection
 from learner.commit import (
     NoSpace,

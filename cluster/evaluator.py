@@ -11,7 +11,8 @@ from cluster.evaluate import EvaluationPrompt, evaluate
 from cluster.evaluation_config import EvaluationSection
 from cluster.evaluation_prompts import attention_options, evaluation_prompts
 from cluster.plan import Part
-from cluster.supervise import POLL_S, PartDied, PartFailed, Running, Supervisor, Unanswered
+from cluster.running import PartDied, PartFailed, Running, Unanswered
+from cluster.supervise import POLL_S, Supervisor
 from cluster.training_data import TrainingData
 from cluster.weight_rounds import ROUNDS
 from rollout.config import RolloutSection

@@ -7,7 +7,8 @@ from typing import Any
 from cluster.config import Config
 from cluster.plan import Part
 from cluster.reservation import Reservation
-from cluster.supervise import LearnerDied, LedgerBehind, PartDied, PartFailed, Running, Supervisor, Unanswered
+from cluster.running import LearnerDied, LedgerBehind, PartDied, PartFailed, Running, Unanswered
+from cluster.supervise import Supervisor
 from learner.faults import PeerLost
 from learner.worker import LearnerWorker
 from services.stream.errors import LedgerError

@@ -11,7 +11,8 @@ from cluster.config import Config
 from cluster.plan import Part, model_part
 from cluster.ray_metrics import ROLLOUT_COUNTERS, export_counters
 from cluster.reward_actors import RewardActor, ScoringActor
-from cluster.supervise import POLL_S, Kept, Running, Supervisor
+from cluster.running import Kept, Running
+from cluster.supervise import POLL_S, Supervisor
 from reward_server.model_actor import ModelActor
 from reward_server.placement import model_spec, placed_models
 from reward_server.runner import ModelSpec

@@ -152,6 +152,18 @@ def _missing(part: Part, index: int, parts: Sequence[Part], nodes: Sequence[Node
     )
 
 
+def no_room(part: Part, why: str, seconds: float, free: Sequence[Node], spoken_for: Sequence[Part]) -> PlanError:
+    """The error to end a run with, where there was no room for one of a part for so long."""
+    there = "; ".join(amount(node.cpus, node.gpus, node.memory_gb) for node in free)
+    first = ", ".join(f"{each.count} x {each.name}" for each in spoken_for)
+    return PlanError(
+        f"{why}: for {seconds:.0f} s (cluster.start_s) the cluster had no room "
+        f"for another, which needs {amount(part.cpus, part.gpus, part.memory_gb)} on one node; free are {there}"
+        f"{f', spoken for by {first}' if first else ''}. "
+        "Go on with --resume auto when there are nodes"
+    )
+
+
 def amount(cpus: float, gpus: float, memory_gb: float) -> str:
     """In words."""
     words = [f"{cpus:g} CPU"]

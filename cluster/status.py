@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.run_dir import RunDir
-from cluster.supervise import Running, Supervisor
+from cluster.running import Running
+from cluster.supervise import Supervisor
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster.plan import Node, Part, amount, bound_to, free_of_ray, place
-from cluster.pulse import Pulse
+from cluster.plan import Node, Part, bound_to, free_of_ray, no_room, place
 from cluster.reservation import Reservation
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
+from cluster.running import Kept, LearnerDied, PartDied, PartFailed, Running, Unanswered
 from reward_server.worker import ScoringOutage, ScoringRefused
 from services.errors import Deadline, PlanError, UserError
 from services.stream.ledger import Ledger
@@ -38,76 +38,6 @@ COUNTERS_S = 2.0
 
 SAID_ON_PURPOSE = (UserError, ScoringOutage, ScoringRefused)
 """What a part ends with that ends the run: another try says the same, but for a UserError where one worked before."""
-
-
-class PartFailed(Exception):  # noqa: N818 - reads as what it says where it is raised
-    """A part of the run died, or ended before it should have: named, with its own error."""
-
-
-class PartDied(PartFailed):
-    """Its process is gone: nothing is said about its work."""
-
-
-class Unanswered(Deadline):
-    """Of the calls that were waited for themselves: no other part's deadline, nor that of Redis."""
-
-
-class GoBack(PartFailed):
-    """The run can go on, but only from its last commit. `kind` is whose restarts it counts among."""
-
-    kind = "learner"
-
-
-class LearnerDied(GoBack):
-    """A rank of the learner is gone, or did not answer."""
-
-
-class LedgerBehind(GoBack):
-    """The ledger has lost what this run wrote to it."""
-
-    kind = "ledger"
-
-
-@dataclass
-class Running:
-    """One actor: its handle, and the reference of the call that lasts as long as it works (None: it has none)."""
-
-    name: str
-    handle: Any
-    running: Any = None
-    up: Any = None
-    """The reference of the call that brings it up, where there is one; its result goes to `Kept.on_up`."""
-    part: Part | None = None
-    """What it is one of, where it is no part that is kept up."""
-    down: bool = False
-    """Whether its death was said and it was not heard since: Ray may take long to start it again."""
-    pulse: Pulse = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.pulse = Pulse(self.handle, moved=time.monotonic())
-
-
-@dataclass
-class Kept:
-    """A part that is kept up: a slot that one actor after another fills. `now` is None between a death and the next
-    start, which is at `due`."""
-
-    kind: str
-    part: Part
-    start: Callable[[], Running]
-    on_death: Callable[[Running], dict[str, Any]] = lambda _: {}
-    """What is to be done when it has died; what it returns goes into the event."""
-    on_up: Callable[[Any], None] = lambda _: None
-    now: Running | None = None
-    due: float = 0.0
-    lost: str = ""
-    """The name of the one that died last."""
-    worked: bool = False
-    """Whether one of those that died had come up: then its settings are not what keeps another from it."""
-    no_room_since: float | None = None
-    """Since when the cluster has had no room to start it."""
-    slot: str = ""
-    """Its name in the budget of restarts, given by `keep`: every slot has restarts of its own."""
 
 
 @dataclass
@@ -410,14 +340,7 @@ class Supervisor:
 
     def no_room(self, part: Part, why: str, seconds: float) -> PlanError:
         """The error to end the run with, where there was no room for so long."""
-        there = "; ".join(amount(free.cpus, free.gpus, free.memory_gb) for free in self._free())
-        first = ", ".join(f"{each.count} x {each.name}" for each in self._spoken_for(part.name))
-        return PlanError(
-            f"{why}: for {seconds:.0f} s (cluster.start_s) the cluster had no room "
-            f"for another, which needs {amount(part.cpus, part.gpus, part.memory_gb)} on one node; free are {there}"
-            f"{f', spoken for by {first}' if first else ''}. "
-            "Go on with --resume auto when there are nodes"
-        )
+        return no_room(part, why, seconds, self._free(), self._spoken_for(part.name))
 
     # Waiting
 

@@ -32,11 +32,12 @@ from cluster.plan import Part
 from cluster.progress import RunProgress
 from cluster.room import plan_with_room, room_for_learner
 from cluster.run_dir import RunDir
+from cluster.running import GoBack, LearnerDied, PartFailed
 from cluster.signals import Stopped, StopRequest
 from cluster.status import StatusFile
 from cluster.step_record import Timing, ledger_metrics, reward_revisions, silent_sources
 from cluster.summary import Outcome, say_end
-from cluster.supervise import POLL_S, GoBack, LearnerDied, PartFailed, Supervisor
+from cluster.supervise import POLL_S, Supervisor
 from cluster.training_data import TrainingData
 from cluster.weight_rounds import WeightRounds
 from learner.commit import clear_unfinished

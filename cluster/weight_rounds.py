@@ -16,7 +16,8 @@ from typing import Any
 from cluster.config import Config
 from cluster.learners import LearnerGroup
 from cluster.run_dir import RunDir
-from cluster.supervise import PartFailed, Running, Supervisor
+from cluster.running import PartFailed, Running
+from cluster.supervise import Supervisor
 from services.records import PolicyVersion
 from services.stream.ledger import Ledger
 from services.transfer.offer import Offer, Report, owner_of, read_offer, receiver_of, version_text

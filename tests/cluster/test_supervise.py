@@ -20,7 +20,8 @@ from cluster.plan import Part
 from cluster.pulse import ANSWER_S
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
-from cluster.supervise import VIEW_S, Kept, LearnerDied, PartFailed, Running, Supervisor, Unanswered
+from cluster.running import Kept, LearnerDied, PartFailed, Running, Unanswered
+from cluster.supervise import VIEW_S, Supervisor
 from reward_server.worker import ScoringOutage
 from services.errors import Deadline, PlanError, UserError
 from services.stream.errors import StreamLost
@@ -275,7 +276,7 @@ class Measuring:
         monkeypatch.setattr(evaluator, "attention_options", lambda *_: None)
         config: Any = SimpleNamespace(
             evaluation=SimpleNamespace(split="test", prompts=1, best_goal="max"),
-            rollout=SimpleNamespace(threads=1), policy=None, attention=None,
+            rollout=SimpleNamespace(threads=1), actors_rollout=None, policy=None, attention=None,
             cluster=SimpleNamespace(step_s=step_s, start_s=start_s),
         )  # fmt: skip
         data: Any = None

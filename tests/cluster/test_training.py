@@ -16,7 +16,8 @@ from cluster.plan import Part
 from cluster.recipe import resolve
 from cluster.restarts import RestartBudget
 from cluster.run_dir import RunDir
-from cluster.supervise import Kept, Supervisor
+from cluster.running import Kept
+from cluster.supervise import Supervisor
 from cluster.training import Training, remove_older
 from cluster.training_data import TrainingData
 from services.errors import PlanError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster import weight_rounds
-from cluster.supervise import Running
+from cluster.running import Running
 from cluster.weight_rounds import WeightRounds
 from services.records import PolicyVersion
 from services.transfer.offer import Offer, Report
