@@ -18,19 +18,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rollout import vllm_engine
 from rollout.config import RolloutSection, VllmSection
 from rollout.engine import AttentionRows, Completion, GenerationRequest, KeySets, Sampling
 from rollout.refusals import RequestRefused
 from rollout.transformers_engine import TransformersEngine
-from rollout.vllm_engine import VllmEngine
-from rollout.worker import build_engine, build_renderer
+from rollout.worker import build_engine
 from services.attention.config import CaptureSection
-from services.errors import UserError
 from services.models_config import PolicySection
-from services.records import PolicyVersion, Prompt
-from services.text.config import DataSection
-from services.transfer.offer import Broken
+from services.records import PolicyVersion
 from services.weights import Corrupt, write_bucket, write_manifest
 
 VOCABULARY = 512
@@ -99,12 +94,27 @@ class EngineHost:
         await self.engine.close()
 
     async def generate_while_loading(
-        self, requests: Sequence[GenerationRequest], manifest: str, after_s: float
+        self, requests: Sequence[GenerationRequest], manifest: str, steps: int
     ) -> list[list[Completion]]:
-        generating = asyncio.create_task(self.engine.generate(requests))
-        await asyncio.sleep(after_s)
-        await self.engine.load_weights(manifest)
-        return await generating
+        """The new weights are there after so many steps of the batch."""
+        llm, loop, reached = self.engine._llm, asyncio.get_running_loop(), asyncio.Event()
+        step, made = llm._step, 0
+
+        def counted() -> Any:
+            nonlocal made
+            made += 1
+            if made == steps:
+                loop.call_soon_threadsafe(reached.set)
+            return step()
+
+        llm._step = counted
+        try:
+            generating = asyncio.create_task(self.engine.generate(requests))
+            await reached.wait()
+            await self.engine.load_weights(manifest)
+            return await generating
+        finally:
+            llm._step = step
 
 
 class Host:
@@ -127,126 +137,6 @@ class Host:
 
     def kill(self) -> None:
         self._ray.kill(self._actor)
-
-
-class NoLLM:
-    """A vLLM that has come up, of a model runner that does not say what it kept."""
-
-    def __init__(self) -> None:
-        self.ended = False
-
-    async def collective_rpc(self, method: str, *, args: tuple[Any, ...]) -> list[dict[str, Any]]:
-        assert (method, len(args)) == ("attune_capture_start", 1)
-        return [{"layers": [1], "kept_sets": False}]
-
-    async def update_weight_version(self, label: str) -> None:
-        assert label.startswith("0.")
-
-    def shutdown(self) -> None:
-        self.ended = True
-
-
-def test_a_recipe_that_truncates_does_not_start_where_no_prompt_could_be_generated(
-    policy: PolicySection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    llm = NoLLM()
-    monkeypatch.setattr(vllm_engine, "_start_llm", lambda *_: llm)
-
-    def started(**sampling: Any) -> VllmEngine:
-        section = RolloutSection(engine="vllm", truncation="replay", **sampling)
-        engine = VllmEngine(policy, CaptureSection(), section)
-        asyncio.run(engine.start())
-        return engine
-
-    engine = started()
-    with pytest.raises(RequestRefused, match="does not say which tokens it kept"):  # and one request is still refused
-        asyncio.run(engine.generate([prompt(4, 1, top_k=5)]))
-    assert not llm.ended
-    with pytest.raises(UserError, match=r"rollout\.top_p 0\.9 and rollout\.top_k 0 truncate"):
-        started(top_p=0.9)
-    assert llm.ended
-
-
-class TwoRanks(NoLLM):
-    """A vLLM of two ranks, each with an answer of its own to new weights."""
-
-    def __init__(self, *answers: dict[str, Any]) -> None:
-        super().__init__()
-        self.answers = list(answers)
-        self.held = False
-
-    async def collective_rpc(self, method: str, *, args: tuple[Any, ...]) -> list[dict[str, Any]]:
-        return self.answers if method == "attune_load_weights" else await super().collective_rpc(method, args=args)
-
-    async def pause_generation(self, *, mode: str) -> None:
-        self.held = mode == "keep"
-
-    async def resume_generation(self) -> None:
-        self.held = False
-
-    async def reset_prefix_cache(self, *, reset_running_requests: bool) -> None:
-        assert reset_running_requests
-
-
-def test_weights_that_one_rank_alone_took_are_not_generated_with(
-    policy: PolicySection, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    broken: dict[str, Any] = {"refused": "its connection broke", "kind": "Broken", "torn": False}
-    loaded: dict[str, Any] = {"version": [0, 1]}
-    section = RolloutSection(engine="vllm", vllm=VllmSection(weight_sync="keep"))
-
-    async def after(*answers: dict[str, Any]) -> tuple[TwoRanks, VllmEngine]:
-        llm = TwoRanks(*answers)
-        monkeypatch.setattr(vllm_engine, "_start_llm", lambda *_: llm)
-        engine = VllmEngine(policy, CaptureSection(), section)
-        await engine.start()
-        with pytest.raises(Broken, match="its connection broke"):
-            await engine.load_weights(str(tmp_path))
-        return llm, engine
-
-    async def told() -> None:
-        llm, engine = await after(broken, broken)
-        assert not llm.held
-        for answers in ((broken, loaded), (broken, {**broken, "torn": True})):
-            llm, engine = await after(*answers)
-            assert llm.held
-            with pytest.raises(RuntimeError, match="the engine holds no policy"):
-                await engine.generate([prompt(4, 1)])
-        llm.answers = [loaded, loaded]
-        assert await engine.load_weights(str(tmp_path)) == PolicyVersion(0, 1)
-        assert not llm.held
-
-    asyncio.run(told())
-
-
-@pytest.mark.parametrize(("own", "longest"), [(None, 96), (40, 40), (200, 96)])
-def test_a_context_shorter_than_the_models_bounds_prompts_before_vllm_sees_them(
-    tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch, own: int | None, longest: int
-) -> None:
-    given: list[int | None] = []
-
-    def start(policy: PolicySection, section: RolloutSection, max_context: int | None) -> NoLLM:
-        del policy, section
-        given.append(max_context)
-        return NoLLM()
-
-    monkeypatch.setattr(vllm_engine, "_start_llm", start)
-    policy = PolicySection(model=str(tiny_decoder))
-    section = RolloutSection(engine="vllm", max_tokens=8, vllm=VllmSection(max_context=own))
-    engine = VllmEngine(policy, CaptureSection(), section)
-    asyncio.run(engine.start())
-    assert (engine.max_context, given) == (longest, [longest])
-    with pytest.raises(RequestRefused, match=f"exceed the context of {longest}"):
-        asyncio.run(engine.generate([prompt(longest - 7, 1, max_tokens=8)]))
-    renderer = build_renderer(policy, DataSection(), section)  # the driver's too, before anything is started
-    assert renderer.limit == longest - 8
-    with pytest.raises(UserError, match=f"allowed are {longest - 8}"):
-        renderer.render(Prompt(prompt_id="p", source="tests", text="Which river runs through Oslo? " * 20))
-
-
-def test_the_context_given_to_vllm_bounds_no_other_engine(tiny_decoder: Path) -> None:
-    section = RolloutSection(engine="transformers", max_tokens=8, vllm=VllmSection(max_context=40))
-    assert build_renderer(PolicySection(model=str(tiny_decoder)), DataSection(), section).limit == 88
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +322,7 @@ def test_new_weights_in_mid_generation_of_samples_that_share_their_prompts_block
     """All come back in the step in which they went: the first computes the prompt's blocks, the others find them."""
     manifest = published(policy, tmp_path, 8, lambda tensor: tensor * 1.05)
     requests = [prompt(100, 5, samples=4, max_tokens=400)]
-    groups = roomy.call("generate_while_loading", requests, manifest, 0.4)
+    groups = roomy.call("generate_while_loading", requests, manifest, 40)
     assert_is_of_both(policy, changed_policy(policy, manifest, tmp_path), 1, 8, requests, groups)
 
 
@@ -449,7 +339,7 @@ def test_new_weights_in_mid_generation(cramped: Host, policy: PolicySection, tmp
     """`keep`: rows and log-probabilities before the boundary are the old weights', those after it the new ones'."""
     manifest = published(policy, tmp_path, 9, lambda tensor: tensor * 1.05)
     requests = [prompt(length, length, samples=2, max_tokens=300) for length in (3, 40, 90)]
-    groups = cramped.call("generate_while_loading", requests, manifest, 0.4)
+    groups = cramped.call("generate_while_loading", requests, manifest, 40)
     assert_is_of_both(policy, changed_policy(policy, manifest, tmp_path), 3, 9, requests, groups)
 
 
