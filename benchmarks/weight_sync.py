@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from learner.publish import buckets_of
 from services.records import PolicyVersion
 from services.transfer.packing import TensorMeta
 from services.transfer.sender import Sender
+from services.transfer.ways import Wanted
 from services.weights import write_bucket, write_manifest
 
 NAME = "weight_sync"
@@ -86,7 +87,7 @@ def drain(address: tuple[str, int]) -> None:
         connection.sendall(b"!")
 
 
-def by_collective(pipe: Connection, named: Mapping[str, Tensor], mib: int, backend: Literal["auto", "gloo"]) -> float:
+def by_collective(pipe: Connection, named: Mapping[str, Tensor], mib: int, backend: Wanted) -> float:
     """Seconds; `auto` is `ipc`, on one machine."""
     names = buckets_of([(name, tensor.nbytes) for name, tensor in named.items()], mib * MIB)
     plan = [[TensorMeta(name, named[name].dtype, tuple(named[name].shape)) for name in bucket] for bucket in names]
@@ -107,8 +108,8 @@ def by_collective(pipe: Connection, named: Mapping[str, Tensor], mib: int, backe
         for index in range(len(plan)):
             sender.send(index, named)
     report = sender.finish()
-    if not report.whole:
-        raise RuntimeError(f"the transfer broke: {report}")
+    if not report.whole or report.backend != ("gloo" if backend == "gloo" else "ipc"):
+        raise RuntimeError(f"the transfer broke, or was another: {report}")
     seconds = time.perf_counter() - began
     pipe.recv()
     return seconds

@@ -197,6 +197,12 @@ class Config(Section):
                 f"learner.{compares} compares the samples of a group: rollout.samples is {self.rollout.samples}, "
                 f"allowed are {self.learner.min_ok} and more"
             )
+        part = self.cluster.rollout_gpus
+        if self.rollout.engine == "vllm" and 0 < part < 1 and self.rollout.vllm.kv_cache_mib is None:
+            raise ValueError(
+                f"cluster.rollout_gpus: {part:g} and rollout.vllm.kv_cache_mib: null, but beside others on its GPU "
+                "vLLM cannot find out how much is free; allowed are 1 MiB and more, or rollout_gpus of 1 and more"
+            )
         outage_s = self.reward.worker.outage_s
         if self.cluster.progress_s <= outage_s:
             raise ValueError(

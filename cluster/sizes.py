@@ -11,6 +11,7 @@ from cluster.memory import Shape
 from cluster.needs import files_of, needs_of
 from cluster.plan import parts_of
 from cluster.ray_runtime import OBJECT_STORE_BYTES
+from rollout.cache_size import CPU_CACHE_BYTES
 
 LADDER: Mapping[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "5 M (the quickstart)": (4, 256, 4, 4, 64, 1024, 4096, True),
@@ -26,6 +27,8 @@ LADDER: Mapping[str, tuple[int, int, int, int, int, int, int, bool]] = {
 """Decoders of usual shapes: layers, hidden, heads, key heads, head width, inner width, vocabulary, tied."""
 
 PROMPT, RESPONSE = 512, 512
+CACHE_MIB = CPU_CACHE_BYTES // 2**20
+"""KV cache on a part of a GPU."""
 
 
 def ladder_shape(name: str) -> Shape:
@@ -44,14 +47,16 @@ def ladder_tree(machine: Machine) -> dict[str, dict[str, Any]]:
     training: dict[str, Any] = {"ranks": max(1, gpus - 1)}
     cluster: dict[str, Any] = {}
     dtype = "float32"
+    vllm: dict[str, Any] = {"max_context": PROMPT + RESPONSE}
     if gpus:
         dtype = "bfloat16"
         training |= {"dtype": dtype, "gradient_checkpointing": True}
         cluster = {"learner_gpus": 1 if gpus > 1 else 0.5, "rollout_gpus": 1 if gpus > 1 else 0.5}
+        vllm |= {"kv_cache_mib": CACHE_MIB} if gpus == 1 else {}  # vLLM cannot find it out beside the learner
     return {
         "data": {"max_prompt_tokens": PROMPT},
         "policy": {"model": "-", "dtype": dtype},
-        "rollout": {"engine": "vllm", "actors": 1, "max_tokens": RESPONSE, "vllm": {"max_context": PROMPT + RESPONSE}},
+        "rollout": {"engine": "vllm", "actors": 1, "max_tokens": RESPONSE, "vllm": vllm},
         "learner": {**training, "advantage": "grpo", "minibatches": 1},
         "cluster": cluster,
     }

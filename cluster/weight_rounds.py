@@ -47,6 +47,7 @@ class WeightRounds:
         self._version = PolicyVersion(0, 0)
         self._limit = 0
         self._under_way: Offer | None = None
+        self._backend = ""
         supervisor.on_death = self._left
 
     def publish(self, version: PolicyVersion, limit: int) -> None:
@@ -98,6 +99,9 @@ class WeightRounds:
         finally:
             self._under_way = None
         report = Report(**found)
+        if report.received and report.backend != self._backend:
+            self._backend = report.backend
+            self._run.event("weights_backend", backend=report.backend)
         if not report.whole:
             self._run.event("transfer_broken", version=list(self._version), missing={**report.refused, **report.silent})
         return report

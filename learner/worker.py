@@ -286,6 +286,9 @@ class LearnerWorker:
         torch.set_num_threads(self.section.threads)
         torch.manual_seed(self._seed)
         self._device = device_of(self.section)
+        part = float(self._cluster["learner_gpus"])
+        if self._device == "cuda" and 0 < part < 1:  # what torch kept for itself beyond it, the GPU's others would lack
+            torch.cuda.set_per_process_memory_fraction(part)
         join_ranks(
             rank=self.rank,
             world_size=self.world_size,

@@ -9,7 +9,8 @@ own, gloo between hosts' memories where not.
     sender      offer ............. start(plan)    bucket 0  checksum 0  bucket 1 ...  waits for all .... end
     receiver            join(name) .............. takes it, verifies it, hands it on ... done(name)
 
-Every wait has a deadline of the offer's. A party that dies breaks the transfer for all: the sender reports who received
-everything, who refused and why, and who did not answer; a receiver raises `Broken`, which says what it knows. Then
-there is another transfer, of the same version or a later one.
+Every wait has a deadline of the offer's, but for that of a receiver whose sender stands still and is not dead: the
+driver, whose deadline holds for all that the learner does, ends the sender then. A party that dies breaks the transfer
+for all: the sender reports who received everything, who refused and why, and who did not answer; a receiver raises
+`Broken`, which says what it knows. Then there is another transfer, of the same version or a later one.
 """

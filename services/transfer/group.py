@@ -28,7 +28,10 @@ PIECE_POLL_S = 0.0005
 
 
 def listen(host: str, key: str, seconds: float) -> tuple[Any, int]:
-    """A store that others join, and its port; it listens at `host` alone. `seconds` bounds each of its calls."""
+    """A store that others join, and its port; it listens at `host` alone.
+
+    `seconds` bounds its calls, but for those to a process that is there and stands still: they last as long as it does.
+    """
     listening = socket.create_server((host, 0))
     port = int(listening.getsockname()[1])
     return _store(host, port, key, seconds, is_master=True, master_listen_fd=listening.detach()), port

@@ -12,6 +12,7 @@ from services.records import PolicyVersion
 from services.transfer.group import LOST, await_any, get, join, new_group, own_address, put, try_put
 from services.transfer.offer import Broken, Offer, short
 from services.transfer.packing import TensorMeta, checksum, packed_bytes, unpack
+from services.transfer.shared import borrowed
 from services.transfer.ways import Borrowing, ByGroup, Way, place_of
 
 MOMENT_S = 2.0
@@ -49,10 +50,13 @@ def receiving(offer: Offer, name: str, device: torch.device) -> Generator[Incomi
             way = _way(store, offer, name, start, plan, host, device)
         names = tuple(meta.name for bucket in plan for meta in bucket)
         yield Incoming(offer.version, names, _tensors(store, way, offer, plan))
+        if not way.joint:
+            way.leave()  # the sender frees what it lent when all are done
         lost = try_put(store, f"done/{name}", None)
         if lost is not None:
             raise Broken(f"{offer.name}: {offer.sender} is gone, and does not know that all arrived ({lost})")
-        _until_all_are_done(store, offer)
+        if way.joint:
+            _until_all_are_done(store, offer)
     except BaseException as error:
         try_put(store, f"done/{name}", str(error))
         raise
@@ -66,6 +70,8 @@ def _lost_is_broken(store: Any, offer: Offer) -> Generator[None]:
     """What torch raises where a peer is gone, as `Broken` with the reason where it can be known."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise Broken(f"{offer.name}: there is no memory for a bucket of it here ({short(error)})") from error
     except LOST as error:
         raise Broken(f"{offer.name}: {_reason(store, offer)} ({short(error)})") from error
 
@@ -107,7 +113,7 @@ def _way(
     """As the sender says that the bytes come."""
     if start["backend"] == "ipc":
         most = max(packed_bytes(bucket) for bucket in plan)
-        return Borrowing(store, name, start["handles"][name], most, device, offer.phase_s)
+        return Borrowing(store, name, borrowed(start["handle"], most, device), device, offer.phase_s)
     receivers = list(start["receivers"])
     rank, size = receivers.index(name) + 1, len(receivers) + 1
     group = new_group(store, start["backend"], rank, size, host, offer.phase_s)
@@ -117,13 +123,14 @@ def _way(
 def _tensors(store: Any, way: Way, offer: Offer, plan: list[list[TensorMeta]]) -> Iterator[tuple[str, Tensor]]:
     for index, metas in enumerate(plan):
         what = f"bucket {index + 1} of {len(plan)} of {offer.name}"
-        flat = way.room(packed_bytes(metas))
         with _lost_is_broken(store, offer):
+            flat = way.room(packed_bytes(metas))
             way.bring(index, flat, f"{what}: {offer.sender} did not send it")()
             if await_any(store, (f"checksum/{index}",), offer.phase_s) is None:
                 raise Broken(f"{what}: waited {offer.phase_s:.0f} s for its checksum by {offer.sender}")
             expected = get(store, f"checksum/{index}")
-        if checksum(flat) != expected:
+            found = checksum(flat)
+        if found != expected:
             raise Broken(f"{what}: its checksum is not the one that {offer.sender} sent; nothing of it was used")
         yield from unpack(metas, flat)
 

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -22,8 +22,8 @@ from services.transfer.group import (
 )
 from services.transfer.offer import Broken, Offer, Report, short, version_text
 from services.transfer.packing import TensorMeta, checksum, pack, packed_bytes
-from services.transfer.shared import Lent, alive
-from services.transfer.ways import Backend, ByGroup, Lending, Way, backend_for, place_of
+from services.transfer.shared import alive, lent
+from services.transfer.ways import Backend, ByGroup, Lending, Wanted, Way, backend_for, place_of, settle_lent
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Sender:
         join_s: float,
         phase_s: float,
         whole_s: float,
-        backend: Literal["auto", "gloo"] = "auto",
+        backend: Wanted = "auto",
     ) -> None:
         key = uuid4().hex
         store, port = listen(host, key, phase_s)
@@ -75,20 +75,21 @@ class Sender:
     def start(self, plan: Sequence[Sequence[TensorMeta]]) -> bool:
         """Waits for the receivers, `join_s` at most, and forms the group with those who came. `plan`: the buckets."""
         self._plan = plan
-        places = self._wait_for_receivers()
-        self._joined = list(places)
-        if not places:
-            return self._stop("no receiver came")
         here = place_of(self._device)
+        places = self._wait_for_receivers()
         self._processes = {
             name: int(place["process"]) for name, place in places.items() if place["machine"] == here["machine"] != ""
         }
+        places = {name: place for name, place in places.items() if not self._dead(name)}
+        self._joined = list(places)
+        if not places:
+            return self._stop("no receiver came")
         backend: Backend = "gloo" if self._wanted == "gloo" else backend_for([here, *places.values()])
         self._backend = backend
         try:
             self._way = self._begin(backend)
         except (Broken, OSError, *LOST) as error:
-            return self._stop(f"the group of {len(places)} receivers did not form: {short(error)}")
+            return self._stop(f"no way to {', '.join(self._joined)} by {backend}: {short(error)}")
         self._began = time.monotonic()
         return True
 
@@ -151,9 +152,10 @@ class Sender:
             "plan": [[meta.to_json() for meta in bucket] for bucket in self._plan],
         }
         if backend == "ipc":
-            lent = Lent(most, self._device)
-            put(self._store, "start", start | {"handles": {name: lent.handle() for name in self._joined}})
-            return Lending(self._store, lent, self._joined, self._gone, self.offer.phase_s)
+            settle_lent()
+            memory = lent(most, self._device)
+            put(self._store, "start", start | {"handle": memory.handle()})
+            return Lending(self._store, memory, self._joined, self._gone, self.offer.phase_s)
         put(self._store, "start", start)
         group = new_group(self._store, backend, 0, len(self._joined) + 1, self.offer.host, self.offer.phase_s)
         device = torch.device("cpu") if backend == "gloo" else self._device
@@ -181,7 +183,10 @@ class Sender:
         """Why no more is to be expected of a receiver that joined."""
         if self._dead(receiver):
             return "is dead"
-        return "gave up" if self._here(receiver, "done") else None
+        if not self._here(receiver, "done"):
+            return None
+        error = get(self._store, f"done/{receiver}")
+        return "is done" if error is None else f"gave up: {error}"
 
     def _dead(self, receiver: str) -> bool:
         """As a supervisor says; of a process of this machine it can be seen."""
@@ -203,16 +208,19 @@ class Sender:
     def _stop(self, why: str) -> bool:
         self._stopped = self._stopped or why
         try_put(self._store, "stopped", self._stopped)
-        if self._way is not None:
-            self._way.leave()
-            self._way = None
+        if self._way is not None and self._way.joint:
+            self._end_way()
         return False
 
     def _leave(self) -> None:
         """Gives the group, its memory and the store back; receivers that are still there see the connection close."""
-        if self._way is not None:
-            self._way.leave()
-        self._way = self._store = None
+        self._end_way()
+        self._store = None
+
+    def _end_way(self) -> None:
+        way, self._way = self._way, None
+        if way is not None:
+            way.leave()
 
 
 def withdraw(offer: Offer, receivers: Sequence[str]) -> None:

@@ -1,22 +1,23 @@
 """A buffer of one process that others on the same memory look at: on a GPU by CUDA IPC, in a host's memory by a file
 without a name.
 
-What a process needs to look at it is a handle of plain values, which goes through the transfer's store. Nothing is left
-where a process is killed: the kernel, or the driver of the GPU, ends the memory with the last that uses it.
+What a process needs to look at it goes through the transfer's store as a text. The memory has no name that could stay:
+it ends with the processes that use it.
 """
 
 import base64
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from services.transfer import cuda_memory
 from services.transfer.offer import Broken, short
 
-Handle = list[int | str]
-"""Numbers, and bytes in base64."""
+NAME = "attune-weights"
+"""Of the files without a name, as the kernel shows them."""
 
 
 def machine() -> str:
@@ -30,7 +31,8 @@ def machine() -> str:
         boot = (proc / "sys" / "kernel" / "random" / "boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
-    return f"{boot}/{os.geteuid()}/{spaces[0]}/{spaces[1]}"
+    # Machines that were restored from one image may have the rest in common.
+    return f"{os.uname().nodename}/{boot}/{os.geteuid()}/{spaces[0]}/{spaces[1]}"
 
 
 def alive(process: int) -> bool:
@@ -48,67 +50,115 @@ def gpu_of(device: torch.device) -> str:
     return str(cuda.get_device_properties(device).uuid)
 
 
-class Lent:
-    """A buffer of `size` bytes on `device`, for others to look at until `close`."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._file: int | None = None
-        if device.type == "cpu":
-            self._file = os.memfd_create("attune-weights")
-            os.truncate(self._file, size)
-            self.flat = _mapped(f"/proc/self/fd/{self._file}", size)
-        else:
-            self.flat = torch.zeros(size, dtype=torch.uint8, device=device)
-
-    def handle(self) -> Handle:
-        """What one receiver needs, as JSON can carry it; on a GPU torch counts who looks, so each needs its own."""
-        if self._file is not None:
-            return [os.getpid(), self._file]
-        storage: Any = self.flat.untyped_storage()
-        return [_text(part) for part in storage._share_cuda_()[1:]]  # the first is the device's number over there
-
-    def close(self) -> None:
-        """The memory ends when the last that looks at it has let go of it."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-
-def borrowed(handle: Handle, size: int, device: torch.device) -> Tensor:
-    """The `Lent` buffer of another process, [size] bytes.
-
-    Raises:
-        Broken: it cannot be looked at from here.
-    """
-    try:
-        if device.type == "cpu":
-            pid, file = handle
-            return _mapped(f"/proc/{int(pid)}/fd/{int(file)}", size)
-        made: Any = torch.UntypedStorage
-        with torch.cuda.device(device):
-            here = torch.cuda.current_device()
-            storage = made._new_shared_cuda(here, *(_bytes(part) for part in handle))
-            return torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", here)).set_(storage)[:size]
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise Broken(
-            f"the sender's buffer cannot be looked at from here ({short(error)}); cluster.transfer_backend: gloo does "
-            "without"
-        ) from error
-
-
 def settle(flat: Tensor) -> None:
     """What was asked of the GPU for this tensor is done: another process may look."""
     if flat.is_cuda:
         torch.cuda.synchronize(flat.device)
 
 
-def _mapped(path: str, size: int) -> Tensor:
-    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+class Memory(Protocol):
+    """A buffer of this process, or one that it looks at: `flat`, [size] bytes, until `close`."""
+
+    @property
+    def flat(self) -> Tensor: ...
+
+    def close(self) -> None: ...
 
 
-def _text(part: int | bytes) -> int | str:
-    return base64.b64encode(part).decode("ascii") if isinstance(part, bytes) else part
+class Lent(Memory, Protocol):
+    def handle(self) -> str:
+        """What others need to look at it."""
+        ...
 
 
-def _bytes(part: int | str) -> int | bytes:
-    return base64.b64decode(part) if isinstance(part, str) else part
+def lent(size: int, device: torch.device) -> Lent:
+    """A buffer for others to look at. Raises RuntimeError where there is no memory for it."""
+    return _LentFile(size) if device.type == "cpu" else _LentOnGpu(size, device)
+
+
+def borrowed(handle: str, size: int, device: torch.device) -> Memory:
+    """A `lent` buffer of another process; nothing is to be written to it.
+
+    Raises:
+        Broken: it cannot be looked at from here.
+    """
+    try:
+        return _BorrowedFile(handle, size) if device.type == "cpu" else _BorrowedOnGpu(handle, size, device)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise Broken(
+            f"the sender's buffer cannot be looked at from here ({short(error)}); cluster.transfer_backend: gloo does "
+            "without"
+        ) from error
+
+
+class _LentFile:
+    def __init__(self, size: int) -> None:
+        self._file = os.memfd_create(NAME)
+        os.truncate(self._file, size)
+        self.flat = torch.from_file(f"/proc/self/fd/{self._file}", shared=True, size=size, dtype=torch.uint8)
+
+    def handle(self) -> str:
+        return f"{os.getpid()}/{self._file}"
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class _BorrowedFile:
+    """Opened to be read, and mapped only if it is what it should be: by the time that this process comes to it, the
+    number may be that of another file.
+    """
+
+    def __init__(self, handle: str, size: int) -> None:
+        process, number = (int(part) for part in handle.split("/"))
+        file = os.open(f"/proc/{process}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            here = f"/proc/self/fd/{file}"
+            name = str(Path(here).readlink())
+            if not name.startswith(f"/memfd:{NAME}") or os.fstat(file).st_size != size:
+                raise ValueError(f"{name} of {os.fstat(file).st_size} bytes is not a buffer of {size}")
+            # A private mapping that is only read shows what its owner writes, on Linux.
+            self.flat = torch.from_file(here, shared=False, size=size, dtype=torch.uint8)
+        finally:
+            os.close(file)
+
+    def close(self) -> None:
+        self.flat = torch.empty(0, dtype=torch.uint8)
+
+
+class _LentOnGpu:
+    """Freed by `close`: whoever looks at it must have closed it before."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._pointer = cuda_memory.allocate(max(size, 1))
+        self.flat = cuda_memory.tensor_at(self._pointer, size, device)
+
+    def handle(self) -> str:
+        with torch.cuda.device(self._device):
+            return base64.b64encode(cuda_memory.handle_of(self._pointer)).decode("ascii")
+
+    def close(self) -> None:
+        if self._pointer:
+            self.flat = torch.empty(0, dtype=torch.uint8)
+            pointer, self._pointer = self._pointer, 0
+            with torch.cuda.device(self._device):
+                cuda_memory.free(pointer)
+
+
+class _BorrowedOnGpu:
+    def __init__(self, handle: str, size: int, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._pointer = cuda_memory.opened(base64.b64decode(handle))
+        self.flat = cuda_memory.tensor_at(self._pointer, size, device)
+
+    def close(self) -> None:
+        if self._pointer:
+            self.flat = torch.empty(0, dtype=torch.uint8)
+            pointer, self._pointer = self._pointer, 0
+            with torch.cuda.device(self._device):
+                cuda_memory.closed(pointer)

@@ -14,17 +14,21 @@ from torch import Tensor
 
 from services.transfer.group import PIECE_POLL_S, await_any, broadcast, finish, leave, put
 from services.transfer.offer import Broken
-from services.transfer.shared import Handle, Lent, borrowed, gpu_of, machine, settle
+from services.transfer.shared import Lent, Memory, gpu_of, machine, settle
 
 Backend = Literal["ipc", "nccl", "gloo"]
+Wanted = Literal["auto", "gloo"]
+
+LOOK_S = 0.05
+"""Between two looks at who is gone, while a bucket is waited for."""
+
+_unsettled: list[Lent] = []
 
 
 def place_of(device: torch.device) -> dict[str, str]:
-    """What a party says of itself: its `machine`, its `process` there, and the `device` (cpu, cuda) where it has the
-    weights, on CUDA with the GPU's own number as `gpu`.
-    """
-    place = {"machine": machine(), "process": str(os.getpid()), "device": device.type}
-    return place | ({"gpu": gpu_of(device)} if device.type == "cuda" else {})
+    """What a party says of itself: its `machine`, its `process` there, and the `gpu` of its weights, "" for none."""
+    gpu = gpu_of(device) if device.type == "cuda" else ""
+    return {"machine": machine(), "process": str(os.getpid()), "gpu": gpu}
 
 
 def backend_for(places: Sequence[Mapping[str, str]]) -> Backend:
@@ -33,13 +37,16 @@ def backend_for(places: Sequence[Mapping[str, str]]) -> Backend:
     `ipc` where all have the same memory: one GPU, or one machine's without GPUs. `nccl` where every party has a GPU of
     its own; it knows no other case. `gloo`, through host memory, otherwise.
     """
-    if places[0]["machine"] and len({(each["machine"], each["device"], each.get("gpu")) for each in places}) == 1:
+    if places[0]["machine"] and len({(place["machine"], place["gpu"]) for place in places}) == 1:
         return "ipc"
-    gpus = [place.get("gpu", "") for place in places]
+    gpus = [place["gpu"] for place in places]
     return "nccl" if all(gpus) and len(set(gpus)) == len(gpus) else "gloo"
 
 
 class Way(Protocol):
+    joint: bool
+    """Whether one that leaves ends it for the others."""
+
     def room(self, size: int) -> Tensor:
         """Where the next bucket's bytes are put, by the sender or by its coming: [size] bytes."""
         ...
@@ -59,6 +66,8 @@ class Way(Protocol):
 class ByGroup:
     """Through a process group of all parties. The sender fills one buffer of `most` bytes again and again, a receiver
     has a new one for each bucket: who takes its tensors may keep them."""
+
+    joint = True
 
     def __init__(self, group: Any, device: torch.device, phase_s: float, most: int | None = None) -> None:
         self._group = group
@@ -86,17 +95,19 @@ class Lending:
     It is filled again when all have copied what was in it, which each says by an entry in the store.
     """
 
+    joint = False
+
     def __init__(
-        self, store: Any, lent: Lent, receivers: Sequence[str], gone: Callable[[str], str | None], phase_s: float
+        self, store: Any, memory: Lent, receivers: Sequence[str], gone: Callable[[str], str | None], phase_s: float
     ) -> None:
         self._store = store
-        self._lent = lent
+        self._memory = memory
         self._receivers = receivers
         self._gone = gone
         self._phase_s = phase_s
 
     def room(self, size: int) -> Tensor:
-        return self._lent.flat[:size]
+        return self._memory.flat[:size]
 
     def bring(self, index: int, flat: Tensor, what: str) -> Callable[[], None]:
         settle(flat)
@@ -104,30 +115,41 @@ class Lending:
         return partial(self._until_copied, index, what)
 
     def leave(self) -> None:
-        self._lent.close()
+        """Who has neither said how it ended nor died may still look; it is ended before there is another transfer."""
+        if any(self._gone(name) is None for name in self._receivers):
+            _unsettled.append(self._memory)
+        else:
+            self._memory.close()
 
     def _until_copied(self, index: int, what: str) -> None:
         end = time.monotonic() + self._phase_s
-        waiting = list(self._receivers)
-        while waiting:
-            # Looked at first: who has copied it may be done, and gone, a moment later.
-            gone = {name: why for name in waiting if (why := self._gone(name)) is not None}
-            waiting = [name for name in waiting if not self._store.check([f"copied/{index}/{name}"])]
+        copied = [f"copied/{index}/{name}" for name in self._receivers]
+        look = time.monotonic() + LOOK_S
+        while not self._store.check(copied):
+            time.sleep(PIECE_POLL_S)
+            now = time.monotonic()
+            if now < min(look, end):
+                continue
+            look = now + LOOK_S
+            # Asked first: who has copied it may be done, and gone, a moment later.
+            gone = {name: why for name in self._receivers if (why := self._gone(name)) is not None}
+            waiting = [name for name in self._receivers if not self._store.check([f"copied/{index}/{name}"])]
             for name in waiting:
                 if name in gone:
                     raise Broken(f"{what}: {name} {gone[name]}")
-            if waiting and time.monotonic() > end:
+            if waiting and now > end:
                 raise Broken(f"waited {self._phase_s:.0f} s for {what}: {', '.join(waiting)} did not")
-            time.sleep(PIECE_POLL_S if waiting else 0)
 
 
 class Borrowing:
     """A receiver's side of it: it copies each bucket into memory of its own."""
 
-    def __init__(self, store: Any, name: str, handle: Handle, most: int, device: torch.device, phase_s: float) -> None:
+    joint = False
+
+    def __init__(self, store: Any, name: str, memory: Memory, device: torch.device, phase_s: float) -> None:
         self._store = store
         self._name = name
-        self._lent: Tensor | None = borrowed(handle, most, device)
+        self._memory = memory
         self._device = device
         self._phase_s = phase_s
 
@@ -138,15 +160,20 @@ class Borrowing:
         return partial(self._copy, index, flat, what)
 
     def leave(self) -> None:
-        self._lent = None
+        self._memory.close()
 
     def _copy(self, index: int, flat: Tensor, what: str) -> None:
-        assert self._lent is not None
         found = await_any(self._store, (f"lent/{index}", "stopped"), self._phase_s)
         if found is None:
             raise Broken(f"waited {self._phase_s:.0f} s for {what}")
         if found == "stopped":
-            raise ConnectionError("the sender has stopped")
-        flat.copy_(self._lent[: flat.numel()])
+            raise ConnectionError("the sender has stopped")  # one of LOST, as of a group that it has left
+        flat.copy_(self._memory.flat[: flat.numel()])
         settle(flat)
         put(self._store, f"copied/{index}/{self._name}", None)
+
+
+def settle_lent() -> None:
+    """Gives back what was lent in earlier transfers and perhaps still looked at when they ended."""
+    while _unsettled:
+        _unsettled.pop().close()

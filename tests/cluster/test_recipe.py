@@ -27,11 +27,19 @@ def complaint(*overrides: str) -> str:
 
 @pytest.mark.parametrize(("gpus", "memory"), [(0, 0.8), (0.25, 0.2), (0.5, 0.4), (1, 0.8), (2, 0.8)])
 def test_vllm_takes_its_share_of_what_an_actor_has_of_a_gpu(gpus: float, memory: float) -> None:
-    config = load_recipe(QA, [f"cluster.rollout_gpus={gpus}", "rollout.vllm.gpu_memory=0.8"])
+    mine = ["rollout.vllm.gpu_memory=0.8", "rollout.vllm.kv_cache_mib=512"]
+    config = load_recipe(QA, [f"cluster.rollout_gpus={gpus}", *mine])
     section = config.actors_rollout
     assert section.vllm.gpu_memory == pytest.approx(memory)
     vllm = section.vllm.model_copy(update={"gpu_memory": 0.8})
     assert section.model_copy(update={"vllm": vllm}) == config.rollout
+
+
+def test_vllm_on_a_part_of_a_gpu_has_to_be_told_how_much_it_may_keep() -> None:
+    assert "rollout_gpus: 0.5 and rollout.vllm.kv_cache_mib: null" in complaint(
+        "rollout.engine=vllm", "cluster.rollout_gpus=0.5"
+    )
+    load_recipe(QA, ["rollout.engine=vllm", "cluster.rollout_gpus=1"])
 
 
 # ---- overrides

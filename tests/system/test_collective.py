@@ -72,6 +72,8 @@ def test_a_run_by_collective_is_the_run_by_files_bit_for_bit(attune: Attune, rec
         code, output = attune("train", str(path), "--run-dir", str(tmp_path / name))
         assert code == 0, output
     runs = [tmp_path / name for name in ways]
+    said = [[row["backend"] for row in rows(run / "events.jsonl") if row["event"] == "weights_backend"] for run in runs]
+    assert said == [[], ["ipc"], ["gloo"]]
     metrics = [reproducible(run) for run in runs]
     assert metrics[0] == metrics[1] == metrics[2]
     weights = {hashlib.sha256((run / "policy" / "model.safetensors").read_bytes()).hexdigest() for run in runs}

@@ -2,7 +2,6 @@
 
 import resource
 from multiprocessing.connection import Connection
-from typing import Literal
 
 import torch
 
@@ -11,11 +10,9 @@ from services.transfer.offer import Broken, Offer
 from services.transfer.packing import TensorMeta
 from services.transfer.receiver import receiving
 from services.transfer.sender import Sender
-from services.transfer.ways import place_of
+from services.transfer.ways import Wanted, place_of
 
 CPU = torch.device("cpu")
-Wanted = Literal["auto", "gloo"]
-"""auto is ipc here: all parties are on one machine."""
 
 
 def plan(buckets: int) -> list[list[TensorMeta]]:

@@ -13,6 +13,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ import pytest
 import torch
 
 import services.transfer.ways
+from services.transfer import cuda_memory
 from services.transfer.group import broadcast, finish, join, new_group, put
 from services.transfer.offer import Broken, Offer, Report
 from services.transfer.packing import TensorMeta, checksum, pack, packed_bytes, unpack, words_checksum
 from services.transfer.receiver import receiving
 from services.transfer.sender import Sender, withdraw
-from services.transfer.shared import Lent, borrowed
-from services.transfer.ways import Lending, backend_for, place_of
-from tests.transfer.party import CPU, Wanted, place, plan, receive, send, sender, tensors
+from services.transfer.shared import borrowed, lent
+from services.transfer.ways import Lending, Wanted, backend_for, place_of
+from tests.transfer.party import CPU, place, plan, receive, send, sender, tensors
 
 Party = Callable[..., tuple[Any, Any]]
 PHASE_S = 20.0  # far more than a phase takes, on a busy machine too
@@ -220,7 +222,7 @@ def test_a_damaged_bucket_is_refused_before_its_first_tensor() -> None:
     liar.join()
 
 
-def test_a_buffer_that_changes_while_it_is_copied_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_buffer_that_is_not_what_was_summed_up_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """All look at the sender's own memory: what is verified is the copy that is used."""
     one = sender([A])
     put = services.transfer.ways.put
@@ -247,7 +249,10 @@ def test_a_buffer_that_changes_while_it_is_copied_is_refused(monkeypatch: pytest
 def looked_at() -> list[str]:
     """What this process has of buffers that are lent: mappings and open files."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    files = [str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    files: list[str] = []
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # another thread has closed it
+            files.append(str(file.readlink()))
     return [name for name in (*maps, *files) if "attune-weights" in name]
 
 
@@ -276,15 +281,93 @@ def test_nothing_is_left_of_a_buffer(party: Party, ends: str) -> None:
     assert looked_at() == []
 
 
-def test_a_buffer_that_is_gone_is_said_to_be_and_what_does_without() -> None:
-    lent = Lent(100, CPU)
-    seen = borrowed(lent.handle(), 100, CPU)
-    lent.flat[3] = 7
-    assert seen[3] == 7
-    lent.close()
+def test_a_file_that_took_the_number_of_a_buffer_is_not_touched(tmp_path: Path) -> None:
+    memory = lent(100, CPU)
+    handle = memory.handle()
+    seen = borrowed(handle, 100, CPU)
+    memory.flat[3] = 7
+    assert seen.flat[3] == 7
+    memory.close()
     with pytest.raises(Broken, match=r"cannot be looked at from here .*cluster\.transfer_backend: gloo"):
-        borrowed([os.getpid(), 10**6], 100, CPU)
-    assert seen[3] == 7
+        borrowed(handle, 100, CPU)
+    assert seen.flat[3] == 7
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.write_bytes(b"abcdef")
+    with checkpoint.open("r+b") as file:
+        handle = (
+            f"{os.getpid()}/{file.fileno()}"  # as of a buffer that is closed, and whose number is another file's now
+        )
+        with pytest.raises(Broken, match="is not a buffer of 100"):
+            borrowed(handle, 100, CPU)
+    assert checkpoint.read_bytes() == b"abcdef"
+
+
+class PlayedDriver:
+    """The CUDA driver's calls for memory, on one GPU that has room for 1,000 bytes."""
+
+    def __init__(self) -> None:
+        self.free = 1000
+        self.allocated: dict[int, int] = {}
+        self.open: list[int] = []
+
+    def cuMemAlloc_v2(self, pointer: Any, size: Any) -> int:  # noqa: N802
+        if size.value > self.free:
+            return 2
+        self.free -= size.value
+        pointer._obj.value = 0x7000_0000_0000 + self.free
+        self.allocated[pointer._obj.value] = size.value
+        return 0
+
+    def cuMemFree_v2(self, pointer: Any) -> int:  # noqa: N802
+        self.free += self.allocated.pop(pointer.value)
+        return 0
+
+    def cuIpcGetMemHandle(self, handle: Any, pointer: Any) -> int:  # noqa: N802
+        # A handle has zeros in its midst, as the driver's do.
+        handle._obj.reserved[:] = b"\0ipc\0" + pointer.value.to_bytes(8, "big") + bytes(51)
+        return 0
+
+    def cuIpcOpenMemHandle_v2(self, pointer: Any, handle: Any, flags: int) -> int:  # noqa: N802
+        found = bytes(handle)
+        assert (len(found), found[:5], flags) == (64, b"\0ipc\0", 1)
+        pointer._obj.value = int.from_bytes(found[5:13], "big")
+        if pointer._obj.value not in self.allocated:
+            return 201
+        self.open.append(pointer._obj.value)
+        return 0
+
+    def cuIpcCloseMemHandle(self, pointer: Any) -> int:  # noqa: N802
+        self.open.remove(pointer.value)
+        return 0
+
+    def cuGetErrorName(self, result: int, name: Any) -> int:  # noqa: N802
+        name._obj.value = {2: b"CUDA_ERROR_OUT_OF_MEMORY", 201: b"CUDA_ERROR_INVALID_CONTEXT"}[result]
+        return 0
+
+
+def test_memory_of_a_gpu_is_asked_for_lent_opened_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU has seen this: the driver is played, and so is what torch makes of an address."""
+    driver = PlayedDriver()
+    monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_memory, "tensor_at", lambda _, size, __: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    gpu = torch.device("cuda", 0)
+    memory = lent(600, gpu)
+    handle = json.loads(json.dumps(memory.handle()))
+    looks = [borrowed(handle, 600, gpu) for _ in range(2)]
+    assert driver.open == list(driver.allocated) * 2
+    with pytest.raises(RuntimeError, match=r"cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY \(2\)"):
+        lent(600, gpu)
+    for look in (*looks, looks[0]):
+        look.close()
+    assert driver.open == []
+    memory.close()
+    memory.close()
+    assert (driver.free, driver.allocated) == (1000, {})
+    with pytest.raises(Broken, match="cuIpcOpenMemHandle: CUDA_ERROR_INVALID_CONTEXT"):
+        borrowed(handle, 600, gpu)
+    with pytest.raises(Broken, match="cannot be looked at from here"):
+        borrowed("no handle", 600, gpu)
 
 
 def test_a_receiver_that_is_not_asked_for_does_not_disturb() -> None:
@@ -337,16 +420,15 @@ def test_the_checksum_of_words_does_not_hang_on_how_they_are_cut(monkeypatch: py
 
 
 def test_what_brings_the_bytes_is_what_the_places_of_all_allow() -> None:
-    first = {"machine": "here", "device": "cuda", "gpu": "a"}
-    second = {"machine": "here", "device": "cuda", "gpu": "b"}
-    pod = {"machine": "another pod", "device": "cuda", "gpu": "a"}  # which has a share of the first GPU
-    host, another = {"machine": "here", "device": "cpu"}, {"machine": "there", "device": "cpu"}
+    first, second = {"machine": "here", "gpu": "a"}, {"machine": "here", "gpu": "b"}
+    pod = {"machine": "another pod", "gpu": "a"}  # which has a share of the first GPU
+    host, another = {"machine": "here", "gpu": ""}, {"machine": "there", "gpu": ""}
     assert backend_for([first, second]) == "nccl"
     assert backend_for([first, first, first]) == "ipc"
     assert backend_for([host, host]) == "ipc"
     for others in ([first, first, second], [first, pod], [first, host], [host, another]):
         assert backend_for(others) == "gloo"
-    unknown = {"machine": "", "device": "cpu"}
+    unknown = {"machine": "", "gpu": ""}
     assert backend_for([unknown, unknown]) == "gloo"
 
 
