@@ -77,10 +77,12 @@ class VllmEngine:
         this vLLM does not say what it kept: else every prompt would be refused, one by one, to the end of the run.
         """
         self._llm = await asyncio.to_thread(_start_llm, self._policy, self._section, self.max_context)
-        started = (await self._rpc("attune_capture_start", self._capture.model_dump(mode="json")))[0]
-        if "refused" in started:
+        answers = await self._rpc("attune_capture_start", self._capture.model_dump(mode="json"))
+        if refused := [answer for answer in answers if "refused" in answer]:
             await self.close()
-            raise UserError(f"policy.model {self._policy.model}: {started['refused']}")
+            why = next((answer["refused"] for answer in refused if answer["here"]), refused[0]["refused"])
+            raise UserError(f"policy.model {self._policy.model}: {why}")
+        started = answers[0]
         self.layers = tuple(started["layers"])
         self._says_kept_sets = bool(started["kept_sets"])
         if truncates(sampling_of(self._section)) and not self._says_kept_sets:

@@ -94,6 +94,10 @@ class DeviceCapture:
         self._dense: list[tuple[int, _Held]] = []
         self.preempted = 0
         """Requests that came back into the batch with rows written before."""
+        nobody = torch.full((1,), -1, dtype=torch.int64, device=device)
+        nothing = torch.zeros(max(slots, 2), dtype=torch.int32, device=device)
+        # Compiled now, and not in the first step.
+        place_rows(self._placed, StepTensors(nobody, nothing, nothing, nothing), self._prompt)
         self.time = Stopwatch()
         """What the host spends on it between launches: they are replayed from graphs, which it cannot time."""
 
@@ -186,7 +190,8 @@ class DeviceCapture:
             return
         if self._reduce is not None:
             sums = self._space.rows[:count, : self._width]
-            sums.copy_(self._reduce(sums.contiguous()))
+            # As one row: of a matrix vLLM takes it for hidden states, whose width its fastest way expects to be even.
+            sums.copy_(self._reduce(sums.contiguous().view(-1)).view_as(sums))
         reduce_rows(self._space, rows, slots, self._total)
 
     @timed

@@ -49,20 +49,32 @@ class CaptureExtension:
     def attune_capture_start(self, section: dict[str, Any] | None = None) -> dict[str, Any]:
         """Starts capturing; `section` is an `attention` section, by default the last layer's heads.
 
-        Returns {"layers": what is captured, "kept_sets": whether top-k's and top-p's can be had}, or {"refused": why},
-        which no worker raises, because an error in a worker ends the engine.
+        Returns {"layers": what is captured, "kept_sets": whether top-k's and top-p's can be had}, or {"refused": why,
+        "here": whether it is this worker that refuses, or another one}; no worker raises it, because an error in a
+        worker ends the engine.
         """
         if hasattr(self, "_attune_capture"):
-            return {"refused": "attention is being captured already: call attune_capture_stop first"}
+            return {"refused": "attention is being captured already: call attune_capture_stop first", "here": True}
+        answer: dict[str, Any]
         try:
-            return self._attune_start(CaptureSection.model_validate(section or {}))
+            answer = self._attune_start(CaptureSection.model_validate(section or {}))
         except UserError as error:
-            return {"refused": str(error)}
+            answer = {"refused": str(error), "here": True}
+        if not self._attune_agreed("refused" not in answer):  # else the ranks that go on would wait for this one
+            answer = answer if "refused" in answer else {"refused": "another rank refuses", "here": False}
+            self._attune_take_off()
+            return answer
+        try:
+            self._attune_record()
+        except BaseException:
+            self._attune_take_off()
+            raise
+        return answer
 
     def attune_capture_stop(self) -> None:
         """Captures no more, and frees what the capture holds; it may be started again."""
-        self._attune_undo()
-        del self._attune_undo, self._attune_capture
+        self._attune_take_off()
+        self._attune_record()
 
     def attune_capture_pop(self, keys: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
         """Statistics of many finished requests: float32 bytes of [T, 4], of dense rows [T, P] or None; `kept` (or None)
@@ -89,6 +101,8 @@ class CaptureExtension:
         Returns {"version": (incarnation, step)}, or {"refused": why, "kind": the error's name, "torn": whether a
         tensor was replaced already}.
         """
+        from vllm.config import set_current_vllm_config
+
         if is_offer(published):
             return receive_weights(self, published, owner)
         try:
@@ -97,12 +111,35 @@ class CaptureExtension:
         except (Corrupt, FileNotFoundError) as error:
             return {"refused": str(error), "kind": type(error).__name__, "torn": False}
         try:
-            reload_weights(self.model_runner, tensors)
+            with set_current_vllm_config(self.vllm_config):
+                reload_weights(self.model_runner, tensors)
         except (Corrupt, FileNotFoundError) as error:  # removed between the look at it and the load, by a newer version
             return {"refused": str(error), "kind": type(error).__name__, "torn": True}
         except (ValueError, KeyError) as error:
             return {"refused": f"{published}: {error}", "kind": "ValueError", "torn": True}
         return {"version": [manifest.version.incarnation, manifest.version.step]}
+
+    def _attune_take_off(self) -> None:
+        if hasattr(self, "_attune_capture"):
+            self._attune_undo()
+            del self._attune_undo, self._attune_capture
+
+    def _attune_record(self) -> None:
+        """The CUDA graphs of a V2 runner, with the capture in them or without."""
+        if self.vllm_config.use_v2_model_runner:
+            from rollout.vllm_capture.runner_v2 import record_graphs
+
+            record_graphs(self)
+
+    def _attune_agreed(self, willing: bool) -> bool:
+        """Whether every tensor-parallel rank is willing."""
+        import torch
+        from vllm.distributed import get_tp_group
+
+        unwilling = torch.tensor([int(not willing)])
+        if get_tp_group().world_size > 1:
+            torch.distributed.all_reduce(unwilling, group=get_tp_group().cpu_group)
+        return not unwilling.item()
 
     def _attune_start(self, section: CaptureSection) -> dict[str, Any]:
         import vllm

@@ -36,6 +36,10 @@ def refuse_configuration(config: Any) -> None:
         f"a KV cache in {cache.cache_dtype}": str(cache.cache_dtype).startswith(("fp8", "int8", "nvfp4")),
         "two batches that overlap in one step": bool(config.use_v2_model_runner and parallel.use_ubatching),
         "a diffusion model": bool(getattr(model, "is_diffusion", False)),
+        # The capture's kernels are compiled when it starts, which is after vLLM's warm-up.
+        "jit_monitor_mode: error": bool(
+            config.use_v2_model_runner and getattr(config.observability_config, "jit_monitor_mode", "") == "error"
+        ),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -47,6 +51,8 @@ def refuse_layer(number: int, layer: Any) -> None:
     if layer is None or not hasattr(layer, "impl") or not hasattr(layer, "num_kv_heads"):
         kind = "no attention" if layer is None else type(layer).__name__
         raise UserError(f"decoder layer {number} has {kind} (a linear or hybrid layer): {_OTHER_LAYERS}")
+    if type(layer).__name__ != "Attention":  # chunked, prefix, sinks in the cache: the marks below do not show it
+        raise UserError(f"decoder layer {number} has {type(layer).__name__}, which is not known: {_OTHER_LAYERS}")
     impl = layer.impl
     window = getattr(impl, "sliding_window", None)
     reasons = {

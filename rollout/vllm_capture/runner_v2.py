@@ -29,7 +29,8 @@ def start_v2(
     total: float,
     reduce: Callable[[Tensor], Tensor] | None,
 ) -> tuple[DeviceCapture, Undo]:
-    """A capture of these layers, by number, of a worker whose runner is V2; and what takes it off again.
+    """A capture of these layers, by number, of a worker whose runner is V2; and what takes it off again. After either
+    `record_graphs` is to be called, on all ranks.
 
     Raises UserError where a layer's keys cannot be read, or there is no memory for the capture.
     """
@@ -60,12 +61,10 @@ def start_v2(
     undo = _observe_requests(runner, capture) + _observe_steps(runner, capture)
     for layer, shape, size in zip(layers.values(), shapes, sizes, strict=True):
         undo += _observe_layer(runner, layer, shape, size, capture)
-    record_graphs(worker)
 
     def take_off() -> None:
         for each in reversed(undo):
             each()
-        record_graphs(worker)
 
     return capture, take_off
 
@@ -73,6 +72,7 @@ def start_v2(
 def record_graphs(worker: Any) -> None:
     """Records vLLM's full CUDA graphs again, if it has any, as vLLM itself does when its expert parallelism changes."""
     from vllm.config import set_current_vllm_config
+    from vllm.utils.gc_utils import freeze_gc_heap
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
     runner = worker.model_runner
@@ -87,6 +87,7 @@ def record_graphs(worker: Any) -> None:
     with set_current_vllm_config(worker.vllm_config), worker._get_cudagraph_capture_context():
         runner.capture_model()
     del before
+    freeze_gc_heap()  # as vLLM had it after its warm-up: recording has thawed it
 
 
 def _wrap(target: Any, name: str, made: Callable[[Any], Any]) -> Undo:

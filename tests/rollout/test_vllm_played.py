@@ -68,6 +68,27 @@ def test_a_recipe_that_truncates_does_not_start_where_no_prompt_could_be_generat
     assert llm.ended
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rank_that_cannot_capture_keeps_the_engine_from_starting(
+    policy: PolicySection, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    answers: list[dict[str, Any]] = [
+        {"refused": "no memory for it", "here": True},
+        {"refused": "another rank refuses", "here": False},
+    ]
+
+    class Refusing(NoLLM):
+        async def collective_rpc(self, method: str, *, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+            del method, args
+            return answers if first else answers[::-1]
+
+    llm = Refusing()
+    monkeypatch.setattr(vllm_engine, "_start_llm", lambda *_: llm)
+    with pytest.raises(UserError, match="no memory for it"):
+        asyncio.run(VllmEngine(policy, CaptureSection(), RolloutSection(engine="vllm")).start())
+    assert llm.ended
+
+
 class TwoRanks(NoLLM):
     """A vLLM of two ranks, each with an answer of its own to new weights."""
 
