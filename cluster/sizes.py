@@ -27,8 +27,6 @@ LADDER: Mapping[str, tuple[int, int, int, int, int, int, int, bool]] = {
 """Decoders of usual shapes: layers, hidden, heads, key heads, head width, inner width, vocabulary, tied."""
 
 PROMPT, RESPONSE = 512, 512
-CACHE_MIB = CPU_CACHE_BYTES // 2**20
-"""KV cache on a part of a GPU."""
 
 
 def ladder_shape(name: str) -> Shape:
@@ -52,7 +50,8 @@ def ladder_tree(machine: Machine) -> dict[str, dict[str, Any]]:
         dtype = "bfloat16"
         training |= {"dtype": dtype, "gradient_checkpointing": True}
         cluster = {"learner_gpus": 1 if gpus > 1 else 0.5, "rollout_gpus": 1 if gpus > 1 else 0.5}
-        vllm |= {"kv_cache_mib": CACHE_MIB} if gpus == 1 else {}  # vLLM cannot find it out beside the learner
+    if gpus == 1:  # vLLM cannot find it out beside the learner: an eighth of the GPU
+        vllm["kv_cache_mib"] = min(CPU_CACHE_BYTES, machine.gpus[0] // 8) // 2**20
     return {
         "data": {"max_prompt_tokens": PROMPT},
         "policy": {"model": "-", "dtype": dtype},

@@ -75,6 +75,9 @@ class WeightRounds:
             offer = self._offer([receiver_of(owner, rank) for owner in lacking for rank in range(self._ranks)])
             self._ledger.open_gate(self._version, offer.model_dump_json(), self._limit)
             report = self.serve(offer)
+            if report.received and report.backend != self._backend:
+                self._backend = report.backend
+                self._run.event("weights_backend", backend=report.backend)
             missed = {owner_of(receiver): why for receiver, why in [*report.refused.items(), *report.silent.items()]}
             self._holding |= set(lacking) - set(missed)
             for receiver, why in report.silent.items():
@@ -99,9 +102,6 @@ class WeightRounds:
         finally:
             self._under_way = None
         report = Report(**found)
-        if report.received and report.backend != self._backend:
-            self._backend = report.backend
-            self._run.event("weights_backend", backend=report.backend)
         if not report.whole:
             self._run.event("transfer_broken", version=list(self._version), missing={**report.refused, **report.silent})
         return report

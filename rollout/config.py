@@ -15,14 +15,15 @@ class VllmSection(Section):
         default=None,
         ge=1,
         description="Memory of the KV cache (MiB); null: on GPUs what vLLM finds "
-        "free; on a CPU room for `max_batch_rows` responses at full length, 4 GiB at most.",
+        "free; on a CPU room for `max_batch_rows` responses at full length, 4 GiB at most. An actor that has a part of "
+        "a GPU (`cluster.rollout_gpus` below 1) needs it.",
     )
     gpu_memory: float = Field(
         default=0.9,
         gt=0,
         le=1,
-        description="Share of its GPU's memory that vLLM takes, weights and cache. Where an actor has a part of a GPU "
-        "(`cluster.rollout_gpus` below 1), the share of that part.",
+        description="Share of its GPU's memory, or of the part that an actor has (`cluster.rollout_gpus` below 1) that "
+        "is free for vLLM: it takes weights and cache within it, where `kv_cache_mib` does not bound the cache.",
     )
     max_context: int | None = Field(
         default=None,

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from services.transfer.offer import Broken, read_offer
 
 
@@ -17,6 +19,6 @@ def receive_weights(worker: Any, offer: str, owner: str) -> dict[str, Any]:
         torn = True
         worker.update_weights({})
         worker.finish_weight_update()
-    except (Broken, ValueError, KeyError) as error:
+    except (Broken, ValueError, KeyError, torch.OutOfMemoryError) as error:
         return {"refused": str(error), "kind": "Broken", "torn": torn}
     return {"version": [version.incarnation, version.step]}

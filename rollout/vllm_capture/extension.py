@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from rollout.vllm_capture.buffers import LayerShape
 from rollout.vllm_capture.capture import Capture, KeptSet
@@ -50,19 +51,23 @@ class CaptureExtension:
         """Starts capturing; `section` is an `attention` section, by default the last layer's heads.
 
         Returns {"layers": what is captured, "kept_sets": whether top-k's and top-p's can be had}, or {"refused": why,
-        "here": whether it is this worker that refuses, or another one}; no worker raises it, because an error in a
-        worker ends the engine.
+        "here": whether it is this worker that refuses, or another one}. No worker raises it: vLLM would take the other
+        workers' answers for those of its next call.
         """
-        if hasattr(self, "_attune_capture"):
-            return {"refused": "attention is being captured already: call attune_capture_stop first", "here": True}
+        before = hasattr(self, "_attune_capture")
         answer: dict[str, Any]
         try:
+            if before:
+                raise UserError("attention is being captured already: call attune_capture_stop first")
             answer = self._attune_start(CaptureSection.model_validate(section or {}))
         except UserError as error:
             answer = {"refused": str(error), "here": True}
+        except Exception as error:  # whatever a device has no room for
+            answer = {"refused": f"the capture does not start: {type(error).__name__}: {error}", "here": True}
         if not self._attune_agreed("refused" not in answer):  # else the ranks that go on would wait for this one
             answer = answer if "refused" in answer else {"refused": "another rank refuses", "here": False}
-            self._attune_take_off()
+            if not before:
+                self._attune_take_off()
             return answer
         try:
             self._attune_record()
@@ -115,7 +120,7 @@ class CaptureExtension:
                 reload_weights(self.model_runner, tensors)
         except (Corrupt, FileNotFoundError) as error:  # removed between the look at it and the load, by a newer version
             return {"refused": str(error), "kind": type(error).__name__, "torn": True}
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, torch.OutOfMemoryError) as error:
             return {"refused": f"{published}: {error}", "kind": "ValueError", "torn": True}
         return {"version": [manifest.version.incarnation, manifest.version.step]}
 
@@ -133,7 +138,6 @@ class CaptureExtension:
 
     def _attune_agreed(self, willing: bool) -> bool:
         """Whether every tensor-parallel rank is willing."""
-        import torch
         from vllm.distributed import get_tp_group
 
         unwilling = torch.tensor([int(not willing)])

@@ -58,14 +58,20 @@ def start_v2(
             f"no memory for the attention capture of {runner.max_num_reqs} requests of {runner.max_model_len} tokens: "
             "lower rollout.max_batch_rows, rollout.vllm.max_context or vLLM's share of the GPU's memory"
         ) from error
-    undo = _observe_requests(runner, capture) + _observe_steps(runner, capture)
-    for layer, shape, size in zip(layers.values(), shapes, sizes, strict=True):
-        undo += _observe_layer(runner, layer, shape, size, capture)
+    undo: list[Undo] = []
 
     def take_off() -> None:
-        for each in reversed(undo):
-            each()
+        while undo:
+            undo.pop()()
 
+    try:
+        undo += _observe_requests(runner, capture)
+        undo += _observe_steps(runner, capture)
+        for layer, shape, size in zip(layers.values(), shapes, sizes, strict=True):
+            undo += _observe_layer(runner, layer, shape, size, capture)
+    except BaseException:
+        take_off()
+        raise
     return capture, take_off
 
 
@@ -84,8 +90,13 @@ def record_graphs(worker: Any) -> None:
     before = [dict(manager.graphs) for manager in managers]  # held: a pool of graphs may not become empty
     for manager in managers:
         manager.release_graphs()
-    with set_current_vllm_config(worker.vllm_config), worker._get_cudagraph_capture_context():
-        runner.capture_model()
+    try:
+        with set_current_vllm_config(worker.vllm_config), worker._get_cudagraph_capture_context():
+            runner.capture_model()
+    except BaseException:
+        for manager in managers:  # what has been recorded writes to a capture that there will not be
+            manager.release_graphs()
+        raise
     del before
     freeze_gc_heap()  # as vLLM had it after its warm-up: recording has thawed it
 

@@ -13,7 +13,7 @@ from services.transfer.group import LOST, await_any, get, join, new_group, own_a
 from services.transfer.offer import Broken, Offer, short
 from services.transfer.packing import TensorMeta, checksum, packed_bytes, unpack
 from services.transfer.shared import borrowed
-from services.transfer.ways import Borrowing, ByGroup, Way, place_of
+from services.transfer.ways import STOPPED, Borrowing, ByGroup, Way, place_of
 
 MOMENT_S = 2.0
 """How long (s) a receiver whose group broke waits for the sender to say why."""
@@ -58,6 +58,8 @@ def receiving(offer: Offer, name: str, device: torch.device) -> Generator[Incomi
         if way.joint:
             _until_all_are_done(store, offer)
     except BaseException as error:
+        if way is not None and not way.joint:
+            way.leave()
         try_put(store, f"done/{name}", str(error))
         raise
     finally:
@@ -126,8 +128,11 @@ def _tensors(store: Any, way: Way, offer: Offer, plan: list[list[TensorMeta]]) -
         with _lost_is_broken(store, offer):
             flat = way.room(packed_bytes(metas))
             way.bring(index, flat, f"{what}: {offer.sender} did not send it")()
-            if await_any(store, (f"checksum/{index}",), offer.phase_s) is None:
+            said = await_any(store, (f"checksum/{index}", "stopped"), offer.phase_s)
+            if said is None:
                 raise Broken(f"{what}: waited {offer.phase_s:.0f} s for its checksum by {offer.sender}")
+            if said == "stopped":
+                raise ConnectionError(STOPPED)
             expected = get(store, f"checksum/{index}")
             found = checksum(flat)
         if found != expected:

@@ -75,6 +75,7 @@ class Sender:
     def start(self, plan: Sequence[Sequence[TensorMeta]]) -> bool:
         """Waits for the receivers, `join_s` at most, and forms the group with those who came. `plan`: the buckets."""
         self._plan = plan
+        settle_lent()
         here = place_of(self._device)
         places = self._wait_for_receivers()
         self._processes = {
@@ -89,7 +90,8 @@ class Sender:
         try:
             self._way = self._begin(backend)
         except (Broken, OSError, *LOST) as error:
-            return self._stop(f"no way to {', '.join(self._joined)} by {backend}: {short(error)}")
+            instead = "; cluster.transfer_backend: gloo does without" if backend == "ipc" else ""
+            return self._stop(f"no way to {', '.join(self._joined)} by {backend}: {short(error)}{instead}")
         self._began = time.monotonic()
         return True
 
@@ -97,7 +99,7 @@ class Sender:
         """Sends bucket `index` of the plan; the tensors may change afterwards."""
         metas = self._plan[index]
         size = packed_bytes(metas)
-        if self._way is None:
+        if self._way is None or self._stopped is not None:
             raise RuntimeError("the transfer has not been started, or is over")
         flat = self._way.room(size)
         pack(metas, tensors, flat)
@@ -152,10 +154,14 @@ class Sender:
             "plan": [[meta.to_json() for meta in bucket] for bucket in self._plan],
         }
         if backend == "ipc":
-            settle_lent()
             memory = lent(most, self._device)
-            put(self._store, "start", start | {"handle": memory.handle()})
-            return Lending(self._store, memory, self._joined, self._gone, self.offer.phase_s)
+            try:
+                put(self._store, "start", start | {"handle": memory.handle()})
+            except BaseException:
+                memory.close()
+                raise
+            there = {name: self._processes[name] for name in self._joined}
+            return Lending(self._store, memory, there, self._gone, self.offer.phase_s)
         put(self._store, "start", start)
         group = new_group(self._store, backend, 0, len(self._joined) + 1, self.offer.host, self.offer.phase_s)
         device = torch.device("cpu") if backend == "gloo" else self._device

@@ -113,7 +113,7 @@ class _BorrowedFile:
 
     def __init__(self, handle: str, size: int) -> None:
         process, number = (int(part) for part in handle.split("/"))
-        file = os.open(f"/proc/{process}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(f"/proc/{process}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             here = f"/proc/self/fd/{file}"
             name = str(Path(here).readlink())
@@ -134,8 +134,13 @@ class _LentOnGpu:
     def __init__(self, size: int, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
+            torch.cuda.synchronize(device)  # the driver's calls need the thread to have the device's context
             self._pointer = cuda_memory.allocate(max(size, 1))
-        self.flat = cuda_memory.tensor_at(self._pointer, size, device)
+        try:
+            self.flat = cuda_memory.tensor_at(self._pointer, size, device)
+        except BaseException:
+            cuda_memory.free(self._pointer)
+            raise
 
     def handle(self) -> str:
         with torch.cuda.device(self._device):
@@ -153,8 +158,13 @@ class _BorrowedOnGpu:
     def __init__(self, handle: str, size: int, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
+            torch.cuda.synchronize(device)
             self._pointer = cuda_memory.opened(base64.b64decode(handle))
-        self.flat = cuda_memory.tensor_at(self._pointer, size, device)
+        try:
+            self.flat = cuda_memory.tensor_at(self._pointer, size, device)
+        except BaseException:
+            cuda_memory.closed(self._pointer)
+            raise
 
     def close(self) -> None:
         if self._pointer:

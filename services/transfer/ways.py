@@ -14,7 +14,7 @@ from torch import Tensor
 
 from services.transfer.group import PIECE_POLL_S, await_any, broadcast, finish, leave, put
 from services.transfer.offer import Broken
-from services.transfer.shared import Lent, Memory, gpu_of, machine, settle
+from services.transfer.shared import Lent, Memory, alive, gpu_of, machine, settle
 
 Backend = Literal["ipc", "nccl", "gloo"]
 Wanted = Literal["auto", "gloo"]
@@ -22,7 +22,11 @@ Wanted = Literal["auto", "gloo"]
 LOOK_S = 0.05
 """Between two looks at who is gone, while a bucket is waited for."""
 
-_unsettled: list[Lent] = []
+STOPPED = "the sender has stopped"
+"""Of the ConnectionError, one of `services.transfer.group.LOST`, that says what a broken group would."""
+
+_unsettled: list[tuple[Lent, list[int]]] = []
+"""What was lent, and the processes that may look at it still."""
 
 
 def place_of(device: torch.device) -> dict[str, str]:
@@ -90,15 +94,21 @@ class ByGroup:
 
 
 class Lending:
-    """The sender's side of a buffer that the receivers look at; `gone` says why one of them takes nothing any more.
+    """The sender's side of a buffer that the receivers look at.
 
-    It is filled again when all have copied what was in it, which each says by an entry in the store.
+    It is filled again when all have copied what was in it, which each says by an entry in the store. `receivers`: their
+    processes, by name; `gone` says why one of them takes nothing any more.
     """
 
     joint = False
 
     def __init__(
-        self, store: Any, memory: Lent, receivers: Sequence[str], gone: Callable[[str], str | None], phase_s: float
+        self,
+        store: Any,
+        memory: Lent,
+        receivers: Mapping[str, int],
+        gone: Callable[[str], str | None],
+        phase_s: float,
     ) -> None:
         self._store = store
         self._memory = memory
@@ -115,11 +125,13 @@ class Lending:
         return partial(self._until_copied, index, what)
 
     def leave(self) -> None:
-        """Who has neither said how it ended nor died may still look; it is ended before there is another transfer."""
-        if any(self._gone(name) is None for name in self._receivers):
-            _unsettled.append(self._memory)
-        else:
-            self._memory.close()
+        """Frees it once nobody has it open: who is done has closed it, and who is not may, for as long as it lives.
+
+        A receiver whose actor is dead may be a process that lives on for a moment.
+        """
+        done = [name for name in self._receivers if self._store.check([f"done/{name}"])]
+        _unsettled.append((self._memory, [each for name, each in self._receivers.items() if name not in done]))
+        settle_lent()
 
     def _until_copied(self, index: int, what: str) -> None:
         end = time.monotonic() + self._phase_s
@@ -167,13 +179,18 @@ class Borrowing:
         if found is None:
             raise Broken(f"waited {self._phase_s:.0f} s for {what}")
         if found == "stopped":
-            raise ConnectionError("the sender has stopped")  # one of LOST, as of a group that it has left
+            raise ConnectionError(STOPPED)
         flat.copy_(self._memory.flat[: flat.numel()])
         settle(flat)
         put(self._store, f"copied/{index}/{self._name}", None)
 
 
 def settle_lent() -> None:
-    """Gives back what was lent in earlier transfers and perhaps still looked at when they ended."""
-    while _unsettled:
-        _unsettled.pop().close()
+    """Frees what was lent, in this transfer or an earlier one, and is open nowhere now."""
+    still: list[tuple[Lent, list[int]]] = []
+    for memory, looking in _unsettled:
+        if any(alive(each) for each in looking):
+            still.append((memory, looking))
+        else:
+            memory.close()
+    _unsettled[:] = still

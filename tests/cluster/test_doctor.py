@@ -168,6 +168,10 @@ def test_sizes_that_fit_more_memory_are_larger() -> None:
     fits = {f.subject: f for f in try_sizes(resolve(ladder_tree(gpus), "test"), gpus)}
     assert fits["7 B"].status == "ok"
     assert "GPU memory of a" in fits["70 B"].said
+    one = replace(here, gpus=(8 * 2**30,))  # half of it each: the smallest still fits
+    fits = {f.subject: f for f in try_sizes(resolve(ladder_tree(one), "test"), one)}
+    assert fits["5 M (the quickstart)"].status != "short"
+    assert fits["7 B"].status == "short"
 
 
 def test_without_a_recipe_the_machine_is_looked_at(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

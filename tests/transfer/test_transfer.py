@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import tomllib
@@ -28,8 +30,8 @@ from services.transfer.offer import Broken, Offer, Report
 from services.transfer.packing import TensorMeta, checksum, pack, packed_bytes, unpack, words_checksum
 from services.transfer.receiver import receiving
 from services.transfer.sender import Sender, withdraw
-from services.transfer.shared import borrowed, lent
-from services.transfer.ways import Lending, Wanted, backend_for, place_of
+from services.transfer.shared import alive, borrowed, lent
+from services.transfer.ways import Lending, Wanted, backend_for, place_of, settle_lent
 from tests.transfer.party import CPU, place, plan, receive, send, sender, tensors
 
 Party = Callable[..., tuple[Any, Any]]
@@ -118,6 +120,38 @@ def test_a_receiver_that_dies_is_named_and_the_other_is_not_kept(party: Party, b
     assert report.silent == {A: "it is dead"}
     assert list(report.refused) == [B]
     assert re.match(r"the transfer of version 1\.3: learner-0 ended it: bucket \d of 8", said(living))
+
+
+def test_a_receiver_that_dies_before_it_begins_does_not_break_it(party: Party, backend: Wanted) -> None:
+    one = sender([A, B], backend)
+    dying, _ = party(receive, one.offer, A)
+    end = time.monotonic() + PHASE_S
+    while not one._store.check([f"join/{A}"]):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    dying.kill()
+    dying.join()
+    party(receive, one.offer, B)
+    report = send_all(one, 3)
+    assert (report.received, report.refused, report.silent) == ((B,), {}, {A: "it is dead"})
+
+
+def test_memory_that_a_stopped_receiver_looks_at_is_kept_as_long_as_it_lives(party: Party) -> None:
+    one = sender([A], phase_s=1.0)
+    hanging, _ = party(receive, one.offer, A)
+    report = send_all(one, 100, before={3: lambda: os.kill(hanging.pid, signal.SIGSTOP)})
+    assert list(report.silent) == [A]
+    settle_lent()
+    assert lent_files()
+    hanging.kill()
+    hanging.join()
+    settle_lent()
+    assert not lent_files()
+
+
+def lent_files() -> list[str]:
+    """Open files of this process that are buffers."""
+    return [name for name in looked_at() if name.startswith("/memfd:")]
 
 
 def test_a_receiver_that_hangs_is_named_at_the_deadline(party: Party, backend: Wanted) -> None:
@@ -351,6 +385,7 @@ def test_memory_of_a_gpu_is_asked_for_lent_opened_and_given_back(monkeypatch: py
     monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
     monkeypatch.setattr(cuda_memory, "tensor_at", lambda _, size, __: torch.empty(size, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     gpu = torch.device("cuda", 0)
     memory = lent(600, gpu)
     handle = json.loads(json.dumps(memory.handle()))
@@ -417,6 +452,19 @@ def test_the_checksum_of_words_does_not_hang_on_how_they_are_cut(monkeypatch: py
     whole = words_checksum(flat)
     monkeypatch.setattr("services.transfer.packing.CHUNK", 7)
     assert words_checksum(flat) == whole
+
+
+def test_a_process_that_has_ended_is_dead_before_its_parent_has_asked_after_it() -> None:
+    assert alive(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        assert alive(child.pid)
+        child.kill()
+        end = time.monotonic() + PHASE_S
+        while alive(child.pid):  # its entry stays until it is waited for
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert Path(f"/proc/{child.pid}").exists()
+    assert not alive(child.pid)
 
 
 def test_what_brings_the_bytes_is_what_the_places_of_all_allow() -> None:
