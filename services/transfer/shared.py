@@ -7,6 +7,8 @@ it ends with the processes that use it.
 
 import base64
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,8 +96,12 @@ def borrowed(handle: str, size: int, device: torch.device) -> Memory:
 class _LentFile:
     def __init__(self, size: int) -> None:
         self._file = os.memfd_create(NAME)
-        os.truncate(self._file, size)
-        self.flat = torch.from_file(f"/proc/self/fd/{self._file}", shared=True, size=size, dtype=torch.uint8)
+        try:
+            os.truncate(self._file, size)
+            self.flat = torch.from_file(f"/proc/self/fd/{self._file}", shared=True, size=size, dtype=torch.uint8)
+        except BaseException:
+            self.close()
+            raise
 
     def handle(self) -> str:
         return f"{os.getpid()}/{self._file}"
@@ -128,47 +134,40 @@ class _BorrowedFile:
         self.flat = torch.empty(0, dtype=torch.uint8)
 
 
-class _LentOnGpu:
-    """Freed by `close`: whoever looks at it must have closed it before."""
+class _OnGpu:
+    """Memory that the driver gives, and takes back by `close`."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, take: Callable[[], int], give_back: Callable[[int], None]):
         self._device = device
+        self._give_back = give_back
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)  # the driver's calls need the thread to have the device's context
-            self._pointer = cuda_memory.allocate(max(size, 1))
+            self._pointer = take()
         try:
             self.flat = cuda_memory.tensor_at(self._pointer, size, device)
         except BaseException:
-            cuda_memory.free(self._pointer)
+            give_back(self._pointer)
             raise
+
+    def close(self) -> None:
+        if self._pointer:
+            self.flat = torch.empty(0, dtype=torch.uint8)
+            pointer, self._pointer = self._pointer, 0
+            with torch.cuda.device(self._device):
+                self._give_back(pointer)
+
+
+class _LentOnGpu(_OnGpu):
+    """Whoever looks at it must have closed it before it is closed here."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        super().__init__(size, device, partial(cuda_memory.allocate, max(size, 1)), cuda_memory.free)
 
     def handle(self) -> str:
         with torch.cuda.device(self._device):
             return base64.b64encode(cuda_memory.handle_of(self._pointer)).decode("ascii")
 
-    def close(self) -> None:
-        if self._pointer:
-            self.flat = torch.empty(0, dtype=torch.uint8)
-            pointer, self._pointer = self._pointer, 0
-            with torch.cuda.device(self._device):
-                cuda_memory.free(pointer)
 
-
-class _BorrowedOnGpu:
+class _BorrowedOnGpu(_OnGpu):
     def __init__(self, handle: str, size: int, device: torch.device) -> None:
-        self._device = device
-        with torch.cuda.device(device):
-            torch.cuda.synchronize(device)
-            self._pointer = cuda_memory.opened(base64.b64decode(handle))
-        try:
-            self.flat = cuda_memory.tensor_at(self._pointer, size, device)
-        except BaseException:
-            cuda_memory.closed(self._pointer)
-            raise
-
-    def close(self) -> None:
-        if self._pointer:
-            self.flat = torch.empty(0, dtype=torch.uint8)
-            pointer, self._pointer = self._pointer, 0
-            with torch.cuda.device(self._device):
-                cuda_memory.closed(pointer)
+        super().__init__(size, device, partial(cuda_memory.opened, base64.b64decode(handle)), cuda_memory.closed)
